@@ -1,0 +1,112 @@
+"""Platforms: parsing, normal form, and which image serves which machine.
+
+The rules are those of the image specification (image-index.md) and of containerd's
+platforms package, which Docker, nerdctl and BuildKit follow too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from serpentine.errors import InvalidPlatform
+
+__all__ = ["Platform"]
+
+_COMPONENT = re.compile(r"[A-Za-z0-9_.-]+")
+
+# spelling -> (architecture, variant or "" to keep what was given)
+_ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "x86-64": ("amd64", ""),
+    "i386": ("386", ""),
+    "i686": ("386", ""),
+    "aarch64": ("arm64", ""),
+    "armhf": ("arm", "v7"),
+    "armel": ("arm", "v6"),
+    "mips64el": ("mips64le", ""),
+}
+_DEFAULT_VARIANT = {"arm": "v7", "arm64": "v8", "amd64": "v1"}
+_ARM_LEVELS = ("v8", "v7", "v6", "v5")
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """An operating system, an architecture and, where it matters, a variant of it.
+
+    ``str()`` gives ``os/arch[/variant]``.  Compare ``normalized()`` forms: ``linux/arm64`` and
+    ``linux/arm64/v8`` are the same platform.
+    """
+
+    os: str
+    architecture: str
+    variant: str = ""
+    os_version: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``os/arch[/variant]`` in any usual spelling; raises InvalidPlatform."""
+        parts = text.strip().split("/")
+        if not 2 <= len(parts) <= 3 or not all(_COMPONENT.fullmatch(part) for part in parts):
+            raise InvalidPlatform(
+                f"{text!r} is not a platform", hint="write it as OS/ARCH[/VARIANT]: linux/arm64"
+            )
+        return cls(*parts).normalized()
+
+    def normalized(self) -> Self:
+        """Return the normal form: lower case, Go's names, no variant that is the default."""
+        system = self.os.lower()
+        system = {"macos": "darwin"}.get(system, system)
+        architecture, variant = self.architecture.lower(), self.variant.lower()
+        if architecture in _ARCHITECTURES:
+            architecture, implied = _ARCHITECTURES[architecture]
+            variant = variant or implied
+        if variant.isdigit():
+            variant = f"v{variant}"
+        if architecture == "arm":
+            variant = variant or "v7"
+        elif variant == _DEFAULT_VARIANT.get(architecture):
+            variant = ""
+        return type(self)(system, architecture, variant, self.os_version)
+
+    def serves(self) -> Iterator[Platform]:
+        """Yield the platforms whose images run on this one, the best first."""
+        own = self.normalized()
+        yield own
+        level = own.variant.removeprefix("v")
+        if own.architecture == "amd64":
+            for lower in range(int(level or 1) - 1 if (level or "1").isdigit() else 0, 0, -1):
+                yield Platform(own.os, "amd64", f"v{lower}").normalized()
+            yield Platform(own.os, "386")
+        elif own.architecture == "arm64":
+            major = level.split(".")[0]
+            if own.variant and "." in own.variant and major.isdigit():
+                minor = level.split(".")[1]
+                for lower in range(int(minor) - 1 if minor.isdigit() else 0, -1, -1):
+                    name = f"v{major}.{lower}" if lower else f"v{major}"
+                    yield Platform(own.os, "arm64", name).normalized()
+            if own.variant:
+                yield Platform(own.os, "arm64")
+            for arm in _ARM_LEVELS:
+                yield Platform(own.os, "arm", arm)
+        elif own.architecture == "arm" and own.variant in _ARM_LEVELS:
+            for arm in _ARM_LEVELS[_ARM_LEVELS.index(own.variant) + 1 :]:
+                yield Platform(own.os, "arm", arm)
+
+    def rank(self, candidate: Platform) -> int | None:
+        """Return how well an image for ``candidate`` suits this platform: 0 is best, None not."""
+        wanted = candidate.normalized()
+        for position, platform in enumerate(self.serves()):
+            if (platform.os, platform.architecture, platform.variant) == (
+                wanted.os,
+                wanted.architecture,
+                wanted.variant,
+            ):
+                return position
+        return None
+
+    def __str__(self) -> str:
+        text = f"{self.os}/{self.architecture}"
+        return f"{text}/{self.variant}" if self.variant else text
