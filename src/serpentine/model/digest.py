@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from serpentine.errors import InvalidDigest
@@ -19,15 +18,29 @@ _HEX_LENGTH = {"sha256": 64, "sha384": 96, "sha512": 128}
 _HEX = re.compile(r"[0-9a-f]+")
 
 
-@dataclass(frozen=True, slots=True, order=True)
 class Digest:
     """The digest of some bytes: of a blob as it is stored and transferred.
 
-    Immutable.  ``str()`` gives the usual ``algorithm:hex``.
+    Immutable by convention of its read-only members.  ``str()`` gives the usual
+    ``algorithm:hex``.  Digests of different kinds (Digest, DiffID, ChainID) are never equal.
     """
 
-    algorithm: str
-    hex: str
+    # A plain class and not a dataclass: msgspec reads a dataclass as a JSON object.
+    __slots__ = ("_algorithm", "_hex")
+
+    def __init__(self, algorithm: str, hex_digits: str) -> None:
+        self._algorithm = algorithm
+        self._hex = hex_digits
+
+    @property
+    def algorithm(self) -> str:
+        """The hash algorithm: ``sha256``, ``sha384`` or ``sha512``."""
+        return self._algorithm
+
+    @property
+    def hex(self) -> str:
+        """The hash in lower-case hexadecimal digits."""
+        return self._hex
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -65,8 +78,17 @@ class Digest:
         """Twelve hexadecimal digits, for people."""
         return self.hex[:12]
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._algorithm, self._hex))
+
     def __str__(self) -> str:
-        return f"{self.algorithm}:{self.hex}"
+        return f"{self._algorithm}:{self._hex}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 class DiffID(Digest):
