@@ -30,6 +30,7 @@ __all__ = [
     "decode_config",
     "decode_document",
     "layers_of",
+    "media_type_of",
 ]
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -258,6 +259,15 @@ def decode_document(data: bytes, media_type: str, what: str) -> Manifest | Index
             f"{what} has a negative size in it", hint="the image has to be pushed again"
         )
     return document
+
+
+def media_type_of(document: Manifest | Index, served_as: str) -> str:
+    """Return a document's media type: its own, else what it was served as, else OCI's."""
+    if document.media_type:
+        return document.media_type
+    default = OCI_INDEX if isinstance(document, Index) else OCI_MANIFEST
+    family = INDEX_TYPES if isinstance(document, Index) else MANIFEST_TYPES
+    return served_as if served_as in family else default
 
 
 def decode_config(data: bytes, what: str) -> ImageConfig:

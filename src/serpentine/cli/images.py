@@ -1,0 +1,49 @@
+"""``serpentine images``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+
+import click
+
+from serpentine.cli._common import json_option, open_engine, print_json, run, settings_of
+from serpentine.cli._format import age, size
+from serpentine.pull.local import LocalImage
+
+
+@click.command(name="images")
+@click.option("--quiet", "-q", is_flag=True, help="Print names only.")
+@json_option
+@click.pass_context
+def command(ctx: click.Context, quiet: bool, as_json: bool) -> None:
+    """List the images of the namespace."""
+    settings = settings_of(ctx)
+
+    async def work() -> list[LocalImage]:
+        async with open_engine(settings) as engine:
+            return await engine.images()
+
+    images = run(work)
+    if as_json:
+        print_json([asdict(image) for image in images])
+    elif quiet:
+        for image in images:
+            click.echo(image.name)
+    else:
+        now = datetime.now(UTC)
+        rows = [("IMAGE", "DIGEST", "PLATFORMS", "SIZE", "PULLED")]
+        rows += [
+            (
+                image.name,
+                image.digest.partition(":")[2][:12],
+                ",".join(image.platforms),
+                size(image.size),
+                age(now, image.updated_at),
+            )
+            for image in images
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            click.echo("  ".join(cells).rstrip())

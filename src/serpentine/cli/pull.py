@@ -1,0 +1,84 @@
+"""``serpentine pull``."""
+
+from __future__ import annotations
+
+import click
+
+from serpentine.cli._common import json_option, open_engine, print_json, run, settings_of
+from serpentine.cli._progress import MODES, progress
+from serpentine.events import Event, PullFinished
+from serpentine.model.platform import Platform
+from serpentine.model.reference import Reference
+from serpentine.model.state import ContainerState
+
+
+@click.command(name="pull")
+@click.argument("image")
+@click.option(
+    "--platform",
+    metavar="OS/ARCH[/VARIANT]",
+    help="Platform to pull for; by default the one of containerd's machine.",
+)
+@click.option(
+    "--insecure-registry",
+    "insecure",
+    metavar="HOST[:PORT]",
+    multiple=True,
+    help="Registry that may be reached over plain HTTP, or with any certificate.  Repeatable.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+@click.option(
+    "--progress",
+    "mode",
+    type=click.Choice(MODES),
+    default="auto",
+    show_default=True,
+    help="How to show progress, on stderr.",
+)
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    image: str,
+    platform: str | None,
+    insecure: tuple[str, ...],
+    quiet: bool,
+    mode: str,
+    as_json: bool,
+) -> None:
+    """Pull IMAGE into containerd, unpack it, and print its exact reference.
+
+    What is there already is neither downloaded nor unpacked again.
+    """
+    reference = Reference.parse(image)
+    wanted = Platform.parse(platform) if platform else None
+    settings = settings_of(ctx)
+    if insecure:
+        more = (*settings.insecure_registries, *insecure)
+        settings = settings_of(ctx, insecure_registries=more)
+    finished: list[PullFinished] = []
+
+    async def work() -> ContainerState:
+        with progress("quiet" if quiet else mode) as show:
+
+            def on_event(event: Event) -> None:
+                if isinstance(event, PullFinished):
+                    finished.append(event)
+                show(event)
+
+            async with open_engine(settings, on_event) as engine:
+                return await engine.pull_image(reference, platform=wanted)
+
+    state = run(work)
+    if as_json:
+        done = finished[-1]
+        stats = {
+            "bytes_downloaded": done.bytes_downloaded,
+            "layers_total": done.layers_total,
+            "layers_reused": done.layers_reused,
+            "registry_requests": done.registry_requests,
+            "seconds": round(done.seconds, 3),
+        }
+        print_json({**state.to_dict(), "stats": stats})
+    else:
+        click.echo(state.image)

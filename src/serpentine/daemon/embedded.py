@@ -1,0 +1,353 @@
+"""Our own containerd as a child process: started on demand, found again, stopped by its owner.
+
+Linux, with root.  Everything of it lies in two directories of ours; nothing of a containerd
+that the system may run is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from serpentine._concurrency import shielded
+from serpentine.containerd import Containerd, Endpoint, VersionInfo
+from serpentine.errors import (
+    ContainerdError,
+    DaemonError,
+    DaemonFailed,
+    DaemonPermission,
+    DaemonUnreachable,
+)
+from serpentine.events import DaemonStarted, DaemonStarting, OnEvent
+from serpentine.settings import Settings
+
+__all__ = ["Embedded", "Process", "render_config"]
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 10.0
+LOCK_TIMEOUT = START_TIMEOUT + STOP_TIMEOUT
+MAX_LOG = 10 * 1024 * 1024
+LOG_TAIL = 5
+
+# Trap 59: what we never use only makes the start slower and the surface larger.  A containerd
+# that does not know a name ignores it, so one list serves every version.
+DISABLED_PLUGINS = (
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.podsandbox.controller.v1.podsandbox",
+    "io.containerd.nri.v1.nri",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.internal.v1.restart",
+    "io.containerd.internal.v1.tracing",
+    "io.containerd.tracing.processor.v1.otlp",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.snapshotter.v1.blockfile",
+)
+
+# What another containerd or a service manager left in the environment is not meant for ours.
+_NOT_INHERITED = ("CONTAINERD_", "LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_", "GRPC_", "OTEL_")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process, safe against its number being given to another one.
+
+    ``started`` is the kernel's start time in clock ticks since boot.
+    """
+
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """Return the process that has this number now; None if there is none, or a zombie."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        state, *rest = stat.rpartition(")")[2].split()
+        return None if state == "Z" else cls(pid, int(rest[18]))
+
+    def is_alive(self) -> bool:
+        """Tell whether exactly this process still runs."""
+        return Process.of(self.pid) == self
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Our own containerd: where its files are, and how to start and stop it."""
+
+    data_dir: Path
+    run_dir: Path
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Embedded:
+        """Return the one that these settings describe."""
+        return cls(settings.data_dir, settings.run_dir)
+
+    @property
+    def root(self) -> Path:
+        """Where containerd keeps content and snapshots; survives a reboot."""
+        return self.data_dir / "containerd"
+
+    @property
+    def log(self) -> Path:
+        """What containerd prints."""
+        return self.data_dir / "containerd.log"
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return self.run_dir / "containerd.sock"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """How to reach it."""
+        return Endpoint.parse(str(self.socket))
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.run_dir / "containerd.pid"
+
+    async def running(self) -> VersionInfo | None:
+        """Return the version of the containerd that answers, or None if none does."""
+        if not self.socket.exists():
+            return None
+        async with Containerd(self.endpoint) as client:
+            try:
+                await client.check()
+                return await client.version()
+            except DaemonPermission:
+                raise
+            except (DaemonError, ContainerdError):
+                return None
+
+    def process(self) -> Process | None:
+        """Return the process that we started last, if it still runs."""
+        try:
+            noted = json.loads(self._pid_file.read_text())
+            process = Process(int(noted["pid"]), int(noted["started"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return process if process.is_alive() else None
+
+    async def start(self, *, on_event: OnEvent) -> VersionInfo:
+        """Make sure that it runs, and return its version; quick when it does.
+
+        Safe when several processes start it at once: one does, the others find it.
+        Raises DaemonFailed with the last lines of its log.
+        """
+        began = time.monotonic()
+        async with self._locked():
+            if (version := await self.running()) is not None:
+                return version
+            on_event(DaemonStarting(kind="embedded"))
+            if (old := self.process()) is not None:
+                # It runs and does not answer: starting up for a command that was killed, or
+                # stuck.  Give it the time that a start may take before it is replaced.
+                with contextlib.suppress(DaemonFailed):
+                    return self._told(await self._wait_ready(old), began, on_event)
+                await _end(old)
+            process = await self._spawn()
+            try:
+                version = await self._wait_ready(process)
+            except BaseException:
+                await shielded(_end(process), timeout=STOP_TIMEOUT * 2)
+                self._pid_file.unlink(missing_ok=True)
+                raise
+            return self._told(version, began, on_event)
+
+    async def stop(self) -> bool:
+        """End it, and tell whether it ran.  Its data stays."""
+        if not self.run_dir.exists():
+            return False
+        async with self._locked():
+            process = self.process()
+            if process is not None:
+                await _end(process)
+            elif await self.running() is not None:
+                raise DaemonFailed(
+                    f"a containerd answers at {self.socket}, but it is not the one that we started",
+                    address=str(self.socket),
+                    hint="end it by hand",
+                )
+            for leftover in (self._pid_file, self.socket, Path(f"{self.socket}.ttrpc")):
+                leftover.unlink(missing_ok=True)
+            return process is not None
+
+    def log_tail(self, lines: int = LOG_TAIL) -> list[str]:
+        """Return the last lines of its log."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - 64 * 1024))
+                text = file.read().decode(errors="replace")
+        except OSError:
+            return []
+        return text.splitlines()[-lines:]
+
+    def _told(self, version: VersionInfo, began: float, on_event: OnEvent) -> VersionInfo:
+        seconds = time.monotonic() - began
+        on_event(
+            DaemonStarted(
+                kind="embedded",
+                endpoint=self.endpoint.address,
+                version=version.version,
+                seconds=seconds,
+            )
+        )
+        return version
+
+    @asynccontextmanager
+    async def _locked(self) -> AsyncIterator[None]:
+        """Let one process at a time start or stop the daemon; freed by the kernel on death."""
+        if sys.platform == "win32":
+            raise DaemonFailed("our own containerd needs Linux", hint="use --address")
+        import fcntl
+
+        self._make_directories()
+        with (self.run_dir / "lock").open("w") as file:
+            deadline = time.monotonic() + LOCK_TIMEOUT
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise DaemonFailed(
+                            f"another process has been starting or stopping containerd for"
+                            f" {LOCK_TIMEOUT:.0f} seconds",
+                            hint=f"end that process; it holds {self.run_dir / 'lock'}",
+                        ) from None
+                    await asyncio.sleep(0.02)
+            yield
+
+    def _make_directories(self) -> None:
+        try:
+            for directory in (self.data_dir, self.run_dir):
+                # 0711, as containerd's own: processes of containers with a user namespace
+                # must get through to their root file system, and nobody needs to list.
+                directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        except PermissionError as error:
+            raise DaemonPermission(
+                f"cannot make {error.filename}: permission denied",
+                hint="run as root, or choose directories with SERPENTINE_DATA_DIR and"
+                " SERPENTINE_RUN_DIR",
+            ) from None
+        except OSError as error:
+            raise DaemonFailed(
+                f"cannot make {error.filename}: {error.strerror}",
+                hint="choose directories with SERPENTINE_DATA_DIR and SERPENTINE_RUN_DIR",
+            ) from None
+
+    async def _spawn(self) -> Process:
+        binary = shutil.which("containerd")
+        if binary is None:
+            raise DaemonFailed("containerd is not on the PATH", hint="install containerd and runc")
+        config = self.run_dir / "containerd.toml"
+        config.write_text(render_config(self.root, self.run_dir / "state", self.socket))
+        with contextlib.suppress(FileNotFoundError):
+            if self.log.stat().st_size > MAX_LOG:
+                self.log.replace(self.log.with_suffix(".log.1"))
+        self.socket.unlink(missing_ok=True)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
+        # Through a shell that ends at once: the daemon then belongs to init and not to us, so
+        # it neither dies with this command (nor of its Ctrl-C: a session of its own) nor
+        # stays as a zombie of a long-lived program.
+        script = 'umask 022; setsid "$@" </dev/null >>"$LOG" 2>&1 & echo $!'
+        shell = await asyncio.create_subprocess_exec(
+            "/bin/sh",
+            "-c",
+            script,
+            "sh",
+            binary,
+            "--config",
+            str(config),
+            env={**environment, "LOG": str(self.log)},
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        out, _ = await shell.communicate()
+        process = Process.of(int(out))
+        if process is None:
+            raise self._died()
+        note = self._pid_file.with_suffix(".new")
+        note.write_text(json.dumps({"pid": process.pid, "started": process.started}))
+        note.replace(self._pid_file)
+        return process
+
+    async def _wait_ready(self, process: Process) -> VersionInfo:
+        """Wait until it answers; raises DaemonFailed when it dies or takes too long."""
+        deadline = time.monotonic() + START_TIMEOUT
+        async with Containerd(self.endpoint) as client:
+            while time.monotonic() < deadline:
+                try:
+                    await client.wait_ready(timeout=0.25)
+                    return await client.version()
+                except (DaemonUnreachable, ContainerdError):
+                    if not process.is_alive():
+                        raise self._died() from None
+        raise DaemonFailed(
+            f"containerd (pid {process.pid}) does not answer after {START_TIMEOUT:.0f} seconds",
+            address=str(self.socket),
+            hint=f"its log is {self.log}",
+        )
+
+    def _died(self) -> DaemonFailed:
+        tail = " | ".join(self.log_tail())
+        return DaemonFailed(
+            f"containerd ended while it was starting: {tail or 'it printed nothing'}",
+            address=str(self.socket),
+            hint=f"its log is {self.log}",
+        )
+
+
+def render_config(root: Path, state: Path, socket: Path) -> str:
+    """Return our containerd's configuration (format version 2: read by 1.6 and by 2.x)."""
+    # A JSON string is a TOML basic string, too.
+    disabled = ",\n  ".join(json.dumps(name) for name in DISABLED_PLUGINS)
+    return f"""\
+# Written by serpentine at each start; changes are lost.
+version = 2
+root = {json.dumps(str(root))}
+state = {json.dumps(str(state))}
+disabled_plugins = [
+  {disabled},
+]
+
+[grpc]
+  address = {json.dumps(str(socket))}
+
+[debug]
+  level = "info"
+"""
+
+
+async def _end(process: Process) -> None:
+    """End a process and wait until it is gone: kindly first, then for sure."""
+    for number, patience in ((signal.SIGTERM, STOP_TIMEOUT), (9, STOP_TIMEOUT)):
+        if not process.is_alive():
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+        await _gone(process, patience)
+
+
+async def _gone(process: Process, patience: float) -> None:
+    """Wait until a process that may not be our child has ended, for some seconds at most."""
+    deadline = time.monotonic() + patience
+    while process.is_alive() and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)

@@ -1,0 +1,1 @@
+"""The pull: resolve, plan, fetch, unpack, record, as the seed describes it."""

@@ -1,0 +1,64 @@
+"""What the parts of one pull share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from serpentine._concurrency import KeyedLock
+from serpentine.containerd import Containerd, Snapshots
+from serpentine.events import LayerProgress, LayerStatus, OnEvent
+from serpentine.model.documents import Descriptor
+from serpentine.model.reference import Reference
+from serpentine.registry import Repository
+
+__all__ = ["Job", "Statistics"]
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Counts of one pull; bytes are compressed bytes from the registry, layers and documents."""
+
+    bytes_downloaded: int = 0
+    layers_total: int = 0
+    layers_reused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One pull: where from, where to, under which lease.
+
+    ``locks`` are shared by all pulls of one engine, so that two of them which want the same
+    blob or snapshot do the work once.
+    """
+
+    reference: Reference
+    repository: Repository
+    containerd: Containerd
+    snapshots: Snapshots
+    lease: str
+    locks: KeyedLock
+    on_event: OnEvent
+    max_concurrent_downloads: int
+    sync_fs: bool
+    statistics: Statistics = field(default_factory=Statistics)
+
+    @property
+    def image(self) -> str:
+        """The reference as text, for events and errors."""
+        return str(self.reference)
+
+    def report(
+        self, places: tuple[int, ...], blob: Descriptor, status: LayerStatus, offset: int
+    ) -> None:
+        """Tell where a blob is, for each place in the image that it has."""
+        for place in places:
+            self.on_event(
+                LayerProgress(
+                    image=self.image,
+                    index=place,
+                    digest=str(blob.digest),
+                    status=status,
+                    offset=offset,
+                    size=blob.size,
+                )
+            )

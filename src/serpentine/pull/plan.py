@@ -1,0 +1,127 @@
+"""What to do, decided in plain functions: no I/O, no awaiting."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from serpentine.events import LayerPlan, LayerStatus
+from serpentine.model.digest import ChainID, Digest
+from serpentine.model.documents import Descriptor, Layer
+from serpentine.model.platform import Platform
+
+__all__ = ["Plan", "candidates", "child_labels", "list_platforms", "make_plan"]
+
+_GC_CONTENT = "containerd.io/gc.ref.content"
+
+
+def candidates(entries: Sequence[Descriptor], platform: Platform) -> tuple[Descriptor, ...]:
+    """Return the entries of an index that may serve the platform, the best first.
+
+    Those that name a platform come first, by how well it suits; those that name none follow in
+    their order, for their config (or, for an index, its entries) to decide.  Attestations are
+    never among them.
+    """
+    ranked: list[tuple[int, int, Descriptor]] = []
+    unknown: list[Descriptor] = []
+    for position, entry in enumerate(entries):
+        if entry.is_attestation or not (entry.is_manifest or entry.is_index):
+            continue
+        if entry.platform is None or not entry.platform.architecture:
+            unknown.append(entry)
+            continue
+        rank = platform.rank(entry.platform.to_platform())
+        if rank is not None:
+            ranked.append((rank, position, entry))
+    ranked.sort(key=lambda item: item[:2])
+    return (*(entry for _, _, entry in ranked), *unknown)
+
+
+def list_platforms(entries: Sequence[Descriptor]) -> tuple[str, ...]:
+    """Return the platforms that an index names, each once, in its order."""
+    names = (
+        str(entry.platform.to_platform().normalized())
+        for entry in entries
+        if entry.platform is not None and not entry.is_attestation
+    )
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a pull has to do.
+
+    ``unpack`` are the layers above the highest snapshot that is there, bottom first;
+    ``fetch`` the blobs that they need, each once, in the order in which they will be applied.
+    """
+
+    layers: tuple[Layer, ...]
+    unpack: tuple[Layer, ...]
+    fetch: tuple[Descriptor, ...]
+
+    @property
+    def top(self) -> ChainID | None:
+        """The chain ID of the whole image; None for an image without layers."""
+        return self.layers[-1].chain_id if self.layers else None
+
+    @property
+    def base(self) -> ChainID | None:
+        """The highest snapshot that is there already, or None."""
+        done = len(self.layers) - len(self.unpack)
+        return self.layers[done - 1].chain_id if done else None
+
+    def places(self, digest: Digest) -> tuple[int, ...]:
+        """Return the places of the layers to unpack from this blob."""
+        first = len(self.layers) - len(self.unpack)
+        return tuple(
+            place
+            for place, layer in enumerate(self.unpack, first)
+            if layer.descriptor.digest == digest
+        )
+
+    def for_display(self) -> tuple[LayerPlan, ...]:
+        """Return the plan as the event stream tells it."""
+        first = len(self.layers) - len(self.unpack)
+        return tuple(
+            LayerPlan(
+                digest=str(layer.descriptor.digest),
+                size=layer.descriptor.size,
+                status=LayerStatus.EXISTS if place < first else LayerStatus.WAITING,
+            )
+            for place, layer in enumerate(self.layers)
+        )
+
+
+def make_plan(layers: Sequence[Layer], present: Collection[ChainID]) -> Plan:
+    """Decide what to unpack and to fetch, given the chain IDs that are committed snapshots.
+
+    A snapshot that is there implies the ones below it: containerd keeps a parent as long as
+    it has a child.
+    """
+    done = max((i + 1 for i, layer in enumerate(layers) if layer.chain_id in present), default=0)
+    unpack = tuple(layers[done:])
+    fetch = {layer.descriptor.digest: layer.descriptor for layer in reversed(unpack)}
+    ordered = dict.fromkeys(layer.descriptor.digest for layer in unpack)
+    return Plan(tuple(layers), unpack, tuple(fetch[digest] for digest in ordered))
+
+
+def child_labels(
+    *,
+    config: Digest | None = None,
+    layers: Sequence[Digest] = (),
+    manifest: Digest | None = None,
+    position: int = 0,
+) -> dict[str, str]:
+    """Return the labels by which containerd's garbage collector finds a document's children.
+
+    A manifest in an index is numbered by its ``position`` there, so that a second platform's
+    pull adds its label and does not replace the first one's.
+    """
+    labels: dict[str, str] = {}
+    if config is not None:
+        labels[f"{_GC_CONTENT}.config"] = str(config)
+    for number, digest in enumerate(layers):
+        labels[f"{_GC_CONTENT}.l.{number}"] = str(digest)
+    if manifest is not None:
+        labels[f"{_GC_CONTENT}.m.{position}"] = str(manifest)
+    return labels

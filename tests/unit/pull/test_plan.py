@@ -1,0 +1,139 @@
+"""The plan: what to fetch and to unpack, and which entry of an index serves a platform."""
+
+from serpentine.events import LayerStatus
+from serpentine.model.digest import Digest, DiffID, chain_ids
+from serpentine.model.documents import Descriptor, Layer, PlatformEntry
+from serpentine.model.platform import Platform
+from serpentine.pull.plan import candidates, child_labels, list_platforms, make_plan
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+
+
+def layers(*names: str) -> tuple[Layer, ...]:
+    """One layer per name; the same name is the same blob."""
+    diff_ids = [DiffID.of(name.encode()) for name in names]
+    chain = chain_ids(diff_ids)
+    return tuple(
+        Layer(
+            descriptor=Descriptor(
+                media_type=LAYER, digest=Digest.of(b"gz" + name.encode()), size=len(name)
+            ),
+            diff_id=diff_id,
+            chain_id=chain_id,
+            parent=parent,
+        )
+        for name, diff_id, chain_id, parent in zip(
+            names, diff_ids, chain, (None, *chain), strict=False
+        )
+    )
+
+
+def entry(platform: str | None, *, index: bool = False, number: int = 0, **more) -> Descriptor:
+    where = None
+    if platform:
+        system, architecture, variant = (*platform.split("/"), None)[:3]
+        where = PlatformEntry(os=system, architecture=architecture, variant=variant)
+    return Descriptor(
+        media_type=OCI_INDEX if index else OCI_MANIFEST,
+        digest=Digest.of(f"{platform}{number}".encode()),
+        size=1,
+        platform=where,
+        **more,
+    )
+
+
+def test_nothing_there_means_everything_from_the_bottom():
+    stack = layers("a", "b", "c")
+    plan = make_plan(stack, set())
+    assert plan.unpack == stack
+    assert [b.digest for b in plan.fetch] == [layer.descriptor.digest for layer in stack]
+    assert plan.top == stack[2].chain_id
+    assert plan.base is None
+
+
+def test_everything_there_means_nothing_to_do():
+    stack = layers("a", "b")
+    plan = make_plan(stack, {stack[1].chain_id})
+    assert plan.unpack == ()
+    assert plan.fetch == ()
+    assert plan.base == plan.top == stack[1].chain_id
+    assert [layer.status for layer in plan.for_display()] == [LayerStatus.EXISTS] * 2
+
+
+def test_a_snapshot_in_the_middle_saves_what_is_below_it():
+    stack = layers("a", "b", "c")
+    plan = make_plan(stack, {stack[1].chain_id})
+    assert plan.unpack == stack[2:]
+    assert plan.base == stack[1].chain_id
+    assert plan.places(stack[2].descriptor.digest) == (2,)
+    assert [layer.status for layer in plan.for_display()] == [
+        LayerStatus.EXISTS,
+        LayerStatus.EXISTS,
+        LayerStatus.WAITING,
+    ]
+
+
+def test_the_same_layer_twice_is_fetched_once_and_unpacked_twice():
+    stack = layers("a", "b", "a")
+    plan = make_plan(stack, set())
+    assert len(plan.fetch) == 2
+    assert len(plan.unpack) == 3
+    assert plan.places(stack[0].descriptor.digest) == (0, 2)
+    assert stack[0].chain_id != stack[2].chain_id
+
+
+def test_an_image_without_layers_has_no_top():
+    plan = make_plan((), set())
+    assert plan.top is None
+    assert plan.fetch == plan.unpack == ()
+
+
+def test_the_best_platform_comes_first():
+    entries = [entry("linux/arm/v6"), entry("linux/arm/v7"), entry("linux/amd64"), entry("linux/386")]
+    got = candidates(entries, Platform.parse("linux/arm/v7"))
+    assert got == (entries[1], entries[0])
+    got = candidates(entries, Platform.parse("linux/amd64"))
+    assert got == (entries[2], entries[3])
+    assert candidates(entries, Platform.parse("linux/s390x")) == ()
+
+
+def test_of_two_equal_entries_the_first_wins():
+    entries = [entry("linux/amd64", number=1), entry("linux/amd64", number=2)]
+    assert candidates(entries, Platform.parse("linux/amd64"))[0] is entries[0]
+
+
+def test_entries_without_a_platform_come_last_and_are_kept():
+    entries = [entry(None, number=1), entry("linux/amd64"), entry(None, index=True, number=2)]
+    got = candidates(entries, Platform.parse("linux/amd64"))
+    assert got == (entries[1], entries[0], entries[2])
+
+
+def test_attestations_and_foreign_types_are_never_candidates():
+    attestation = entry(
+        "linux/amd64", annotations={"vnd.docker.reference.type": "attestation-manifest"}
+    )
+    unknown = entry("unknown/unknown")
+    foreign = Descriptor(
+        media_type="application/json", digest=Digest.of(b"x"), size=1, platform=None
+    )
+    assert candidates([attestation, unknown, foreign], Platform.parse("linux/amd64")) == ()
+    assert list_platforms([attestation, unknown]) == ()
+
+
+def test_platforms_are_listed_once_in_their_order():
+    entries = [entry("linux/arm64/v8"), entry("linux/amd64"), entry("linux/arm64"), entry(None)]
+    assert list_platforms(entries) == ("linux/arm64", "linux/amd64")
+
+
+def test_labels_are_the_ones_that_containerds_collector_follows():
+    config, first, second = (Digest.of(text) for text in (b"c", b"1", b"2"))
+    assert child_labels(config=config, layers=[first, second]) == {
+        "containerd.io/gc.ref.content.config": str(config),
+        "containerd.io/gc.ref.content.l.0": str(first),
+        "containerd.io/gc.ref.content.l.1": str(second),
+    }
+    assert child_labels(manifest=config, position=3) == {
+        "containerd.io/gc.ref.content.m.3": str(config)
+    }
