@@ -127,13 +127,15 @@ class InvalidSetting(InputError):
 class RegistryError(SerpentineError):
     """A registry could not serve what was asked.
 
-    ``host`` is the host that was asked, ``image`` the reference as text where one is known.
+    ``host`` is the host that was asked, ``image`` the reference as text where one is known,
+    ``status`` the HTTP status where there was one.
     """
 
     def __init__(self, message: str, *, host: str = "", image: str = "", hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.host = host
         self.image = image
+        self.status: int | None = None
 
 
 class RegistryUnreachable(RegistryError):

@@ -42,7 +42,7 @@ class LocalImage:
 
 async def list_images(containerd: Containerd) -> list[LocalImage]:
     """Return all image records of the namespace, by name."""
-    records = await containerd.images.list()
+    records = await containerd.images.all()
     return [await _describe(containerd, r) for r in sorted(records, key=lambda r: r.name)]
 
 
@@ -58,7 +58,7 @@ async def find_record(containerd: Containerd, text: str) -> ImageRecord:
         except NotFound:
             continue
     if reference.digest is not None:
-        for record in await containerd.images.list():
+        for record in await containerd.images.all():
             if record.name.startswith((f"{reference.name}:", f"{reference.name}@")) and (
                 reference.digest in await _documents_of(containerd, record)
             ):

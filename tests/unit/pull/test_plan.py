@@ -1,7 +1,7 @@
 """The plan: what to fetch and to unpack, and which entry of an index serves a platform."""
 
 from serpentine.events import LayerStatus
-from serpentine.model.digest import Digest, DiffID, chain_ids
+from serpentine.model.digest import DiffID, Digest, chain_ids
 from serpentine.model.documents import Descriptor, Layer, PlatformEntry
 from serpentine.model.platform import Platform
 from serpentine.pull.plan import candidates, child_labels, list_platforms, make_plan
@@ -91,7 +91,12 @@ def test_an_image_without_layers_has_no_top():
 
 
 def test_the_best_platform_comes_first():
-    entries = [entry("linux/arm/v6"), entry("linux/arm/v7"), entry("linux/amd64"), entry("linux/386")]
+    entries = [
+        entry("linux/arm/v6"),
+        entry("linux/arm/v7"),
+        entry("linux/amd64"),
+        entry("linux/386"),
+    ]
     got = candidates(entries, Platform.parse("linux/arm/v7"))
     assert got == (entries[1], entries[0])
     got = candidates(entries, Platform.parse("linux/amd64"))

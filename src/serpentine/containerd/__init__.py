@@ -1,0 +1,48 @@
+"""A typed, asynchronous client of containerd's gRPC API (v1; containerd 1.6 and newer)."""
+
+from serpentine.containerd.client import Containerd
+from serpentine.containerd.content import Content, ContentWriter
+from serpentine.containerd.diff import Diff
+from serpentine.containerd.endpoint import Endpoint
+from serpentine.containerd.images import Images
+from serpentine.containerd.introspection import Introspection
+from serpentine.containerd.leases import Leases
+from serpentine.containerd.namespaces import Namespaces
+from serpentine.containerd.snapshots import Snapshots
+from serpentine.containerd.types import (
+    BlobInfo,
+    ImageRecord,
+    IngestStatus,
+    Lease,
+    Mount,
+    PluginInfo,
+    Resource,
+    SnapshotInfo,
+    SnapshotKind,
+    SnapshotUsage,
+    VersionInfo,
+)
+
+__all__ = [
+    "BlobInfo",
+    "Containerd",
+    "Content",
+    "ContentWriter",
+    "Diff",
+    "Endpoint",
+    "ImageRecord",
+    "Images",
+    "IngestStatus",
+    "Introspection",
+    "Lease",
+    "Leases",
+    "Mount",
+    "Namespaces",
+    "PluginInfo",
+    "Resource",
+    "SnapshotInfo",
+    "SnapshotKind",
+    "SnapshotUsage",
+    "Snapshots",
+    "VersionInfo",
+]

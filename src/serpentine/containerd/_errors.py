@@ -1,0 +1,56 @@
+"""The one place where gRPC's errors become ours."""
+
+from __future__ import annotations
+
+import re
+
+import grpc
+
+from serpentine import errors
+from serpentine.errors import ContainerdError
+
+__all__ = ["translate"]
+
+_BY_CODE: dict[grpc.StatusCode, type[ContainerdError]] = {
+    grpc.StatusCode.NOT_FOUND: errors.NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExists,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.FailedPrecondition,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgument,
+    grpc.StatusCode.OUT_OF_RANGE: errors.OutOfRange,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    # Not our own cancellation, which is asyncio.CancelledError: the server or the connection
+    # gave the call up.
+    grpc.StatusCode.CANCELLED: errors.Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhausted,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
+    grpc.StatusCode.UNAUTHENTICATED: errors.PermissionDenied,
+    grpc.StatusCode.UNIMPLEMENTED: errors.Unimplemented,
+    grpc.StatusCode.ABORTED: ContainerdError,
+    grpc.StatusCode.DATA_LOSS: ContainerdError,
+    grpc.StatusCode.INTERNAL: ContainerdError,
+    grpc.StatusCode.UNKNOWN: ContainerdError,
+    grpc.StatusCode.OK: ContainerdError,
+}
+
+_LOCKED = re.compile(r"\bref .* locked\b", re.DOTALL)
+_NO_SPACE = "no space left on device"
+
+_HINTS: dict[type[ContainerdError], str] = {
+    errors.Unavailable: "look whether containerd still runs, and try again",
+    errors.DeadlineExceeded: "containerd is busy or stuck; look at its log",
+    errors.NoSpace: "make room on the disk that holds containerd's root directory",
+    errors.PermissionDenied: "check the user, or the token, that reaches this containerd",
+    errors.Unimplemented: "use a newer containerd",
+}
+
+
+def translate(code: grpc.StatusCode, details: str | None) -> ContainerdError:
+    """Return the error of our tree that says the same; a plain function, total over the codes."""
+    details = details or code.name.lower().replace("_", " ")
+    kind = _BY_CODE[code]
+    if code is grpc.StatusCode.UNAVAILABLE and _LOCKED.search(details):
+        kind = errors.Locked  # trap 7: the same code as a connection that is gone
+    elif _NO_SPACE in details.lower():
+        kind = errors.NoSpace  # trap 25: comes as UNKNOWN
+    return kind(f"containerd: {details}", code=code.name, hint=_HINTS.get(kind, ""))

@@ -1,0 +1,186 @@
+"""The connection: a gRPC channel, and calls by method path that carry namespace and lease."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from serpentine.containerd._errors import translate
+from serpentine.containerd.endpoint import Endpoint
+from serpentine.errors import DaemonPermission, DaemonUnreachable
+
+__all__ = ["UNARY_TIMEOUT", "Channel", "unreachable"]
+
+# Every call but those that work on data answers in milliseconds; a minute means stuck.
+UNARY_TIMEOUT = 60.0
+
+_MAX_MESSAGE = 16 * 1024 * 1024
+
+_OPTIONS: Sequence[tuple[str, Any]] = (
+    # Python's own limit is 4 MiB; containerd sends lists that are longer (trap 12).
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    # A local socket is there or not: no use in waiting a second before the next look.
+    ("grpc.initial_reconnect_backoff_ms", 20),
+    ("grpc.min_reconnect_backoff_ms", 20),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # HTTP_PROXY would capture even loopback (trap 57).
+    ("grpc.enable_http_proxy", 0),
+    # Two clients of one process must not share a connection: closing one would wait for the
+    # other's streams, and a broken one would break both.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+# The percent-encoded path that grpcio would send is refused by strict servers (trap 57).
+_UNIX_OPTIONS: Sequence[tuple[str, Any]] = (("grpc.default_authority", "localhost"),)
+
+
+_M = TypeVar("_M", bound=Message)
+
+
+class Channel:
+    """A lazily made gRPC channel to an endpoint, for one namespace."""
+
+    def __init__(self, endpoint: Endpoint, namespace: str) -> None:
+        self.endpoint = endpoint
+        self.namespace = namespace
+        self._channel: grpc.aio.Channel | None = None
+
+    def open(self) -> grpc.aio.Channel:
+        """Return the gRPC channel; it connects by itself when first used."""
+        if self._channel is None:
+            address = self.endpoint.address
+            options = [*_OPTIONS, *(_UNIX_OPTIONS if self.endpoint.socket_path else ())]
+            if self.endpoint.root_certificates is not None:
+                credentials = grpc.ssl_channel_credentials(self.endpoint.root_certificates)
+                self._channel = grpc.aio.secure_channel(address, credentials, options=options)
+            else:
+                self._channel = grpc.aio.insecure_channel(address, options=options)
+        return self._channel
+
+    async def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+    def metadata(self, lease: str | None = None) -> tuple[tuple[str, str], ...]:
+        """Return what goes with each call: the namespace always (trap 1), a lease if given."""
+        held = (("containerd-lease", lease),) if lease else ()
+        return (("containerd-namespace", self.namespace), *self.endpoint.metadata, *held)
+
+    async def unary(
+        self,
+        method: str,
+        request: Message,
+        answer: type[_M],
+        *,
+        lease: str | None = None,
+        timeout: float | None = UNARY_TIMEOUT,
+    ) -> _M:
+        """Call a method with one request and one answer; ``timeout`` in seconds or None."""
+        call = self.open().unary_unary(
+            method,
+            request_serializer=_serialize,
+            response_deserializer=answer.FromString,
+        )
+        try:
+            response = await call(request, metadata=self.metadata(lease), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error.code(), error.details()) from error
+        assert isinstance(response, answer)
+        return response
+
+    async def stream(
+        self, method: str, request: Message, answer: type[_M], *, timeout: float | None = None
+    ) -> AsyncIterator[_M]:
+        """Call a method with one request and many answers; leaving the loop ends the call."""
+        make = self.open().unary_stream(
+            method,
+            request_serializer=_serialize,
+            response_deserializer=answer.FromString,
+        )
+        call = make(request, metadata=self.metadata(), timeout=timeout)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise translate(error.code(), error.details()) from error
+        finally:
+            call.cancel()
+
+    @asynccontextmanager
+    async def duplex(
+        self, method: str, answer: type[_M], *, lease: str | None = None
+    ) -> AsyncIterator[grpc.aio.StreamStreamCall[Any, _M]]:
+        """Open a method with many requests and many answers; leaving the context ends it."""
+        make = self.open().stream_stream(
+            method,
+            request_serializer=_serialize,
+            response_deserializer=answer.FromString,
+        )
+        call = make(metadata=self.metadata(lease))
+        try:
+            yield call
+        finally:
+            call.cancel()
+
+    async def wait_connected(self, timeout: float) -> None:
+        """Wait until the connection stands; raises DaemonUnreachable after ``timeout`` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self.open().channel_ready()
+        except TimeoutError:
+            raise unreachable(self.endpoint, "nothing answers there") from None
+
+    def probe_socket(self) -> None:
+        """Find out, without waiting, why a unix socket does not open.
+
+        gRPC reports every failure to connect alike; the system's own answer tells apart what
+        the user must do.  Raises DaemonUnreachable or DaemonPermission; silent if it opens.
+        """
+        path = self.endpoint.socket_path
+        if path is None:
+            return
+        probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            probe.setblocking(False)
+            probe.connect(path)
+        except PermissionError:
+            raise DaemonPermission(
+                f"permission denied: {path}",
+                address=path,
+                hint="run as a user who may open containerd's socket (usually root)",
+            ) from None
+        except FileNotFoundError:
+            raise unreachable(self.endpoint, "there is no such socket") from None
+        except BlockingIOError:
+            return  # the server's queue is full: it is there
+        except OSError as error:
+            if error.errno == errno.ECONNREFUSED:
+                why = "nothing listens there"
+            else:
+                why = os.strerror(error.errno or 0).lower()
+            raise unreachable(self.endpoint, why) from None
+        finally:
+            probe.close()
+
+
+def unreachable(endpoint: Endpoint, why: str) -> DaemonUnreachable:
+    """Return the error for an endpoint that cannot be used."""
+    return DaemonUnreachable(
+        f"cannot reach containerd at {endpoint}: {why}",
+        address=str(endpoint),
+        hint="check the address, and that containerd runs",
+    )
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()

@@ -1,0 +1,359 @@
+"""The content store: blobs by digest, ingests by name, and the stream that writes them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from serpentine._concurrency import shielded
+from serpentine.containerd._convert import label_mask, time_from
+from serpentine.containerd._errors import translate
+from serpentine.containerd._proto import content_pb2 as pb
+from serpentine.containerd.channel import Channel
+from serpentine.containerd.types import BlobInfo, IngestStatus
+from serpentine.errors import (
+    AlreadyExists,
+    ContainerdError,
+    FailedPrecondition,
+    Locked,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from serpentine.model.digest import Digest
+
+__all__ = ["Content", "ContentWriter"]
+
+_SERVICE = "/containerd.services.content.v1.Content/"
+
+# containerd takes 16 MiB per message, overhead included (trap 12).  Larger messages cost memory
+# on both sides, smaller ones time; answers are waited for only when the window is full.
+MESSAGE_SIZE = 1024 * 1024
+MAX_IN_FLIGHT = 4
+
+LOCK_POLL_FIRST = 0.002
+LOCK_POLL_LONGEST = 0.1
+CLEANUP_TIMEOUT = 10.0
+
+
+class Content:
+    """Blobs and ingests of one namespace."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    async def info(self, digest: Digest) -> BlobInfo:
+        """Return what is known of a blob; raises NotFound."""
+        request = pb.InfoRequest(digest=str(digest))
+        answer = await self._channel.unary(_SERVICE + "Info", request, pb.InfoResponse)
+        return _blob_info(answer.info)
+
+    async def exists(self, digest: Digest) -> bool:
+        """Tell whether a blob is there, complete."""
+        try:
+            await self.info(digest)
+        except NotFound:
+            return False
+        return True
+
+    async def all(self, filters: Sequence[str] = ()) -> list[BlobInfo]:
+        """Return all blobs that match one of the filters, or all."""
+        request = pb.ListContentRequest(filters=filters)
+        answers = self._channel.stream(_SERVICE + "List", request, pb.ListContentResponse)
+        return [_blob_info(info) async for answer in answers for info in answer.info]
+
+    async def read(self, digest: Digest, offset: int = 0, size: int = 0) -> AsyncIterator[bytes]:
+        """Yield a blob's bytes from ``offset``, ``size`` of them or (0) all; raises NotFound."""
+        request = pb.ReadContentRequest(digest=str(digest), offset=offset, size=size)
+        async for answer in self._channel.stream(
+            _SERVICE + "Read", request, pb.ReadContentResponse
+        ):
+            yield answer.data
+
+    async def read_all(self, digest: Digest, limit: int) -> bytes:
+        """Return a small blob's bytes; raises NotFound, ResourceExhausted above ``limit`` bytes."""
+        parts: list[bytes] = []
+        size = 0
+        async for part in self.read(digest):
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise ResourceExhausted(f"the blob {digest} is larger than {limit} bytes")
+        return b"".join(parts)
+
+    async def update_labels(self, digest: Digest, labels: Mapping[str, str | None]) -> BlobInfo:
+        """Set labels of a blob, remove those whose value is None, leave the others alone.
+
+        Raises NotFound.
+        """
+        info = pb.Info(digest=str(digest), labels={k: v or "" for k, v in labels.items()})
+        request = pb.UpdateRequest(info=info, update_mask=FieldMask(paths=label_mask(labels)))
+        answer = await self._channel.unary(_SERVICE + "Update", request, pb.UpdateResponse)
+        return _blob_info(answer.info)
+
+    async def delete(self, digest: Digest) -> None:
+        """Delete a blob; raises NotFound."""
+        request = pb.DeleteContentRequest(digest=str(digest))
+        await self._channel.unary(_SERVICE + "Delete", request, Empty)
+
+    async def status(self, ref: str) -> IngestStatus:
+        """Return how far an ingest is; raises NotFound."""
+        request = pb.StatusRequest(ref=ref)
+        answer = await self._channel.unary(_SERVICE + "Status", request, pb.StatusResponse)
+        return _ingest_status(answer.status)
+
+    async def list_statuses(self, filters: Sequence[str] = ()) -> list[IngestStatus]:
+        """Return all ingests that match one of the filters, or all."""
+        request = pb.ListStatusesRequest(filters=filters)
+        answer = await self._channel.unary(
+            _SERVICE + "ListStatuses", request, pb.ListStatusesResponse
+        )
+        return [_ingest_status(status) for status in answer.statuses]
+
+    async def abort(self, ref: str) -> None:
+        """Throw an ingest away; it need not be there."""
+        try:
+            await self._channel.unary(_SERVICE + "Abort", pb.AbortRequest(ref=ref), Empty)
+        except NotFound:
+            return
+
+    async def write_blob(
+        self,
+        data: bytes,
+        expected: Digest,
+        *,
+        ref: str,
+        labels: Mapping[str, str],
+        lease: str | None = None,
+    ) -> None:
+        """Write a small blob in one message, with labels; one that is there gets the labels.
+
+        Waits while another client writes the same ref.
+        """
+        async with self._when_free(ref, expected, len(data), lease, wait=60.0) as writer:
+            if writer is not None:
+                if writer.offset:
+                    await writer.reset()
+                await writer.write(data)
+                await writer.commit(labels)
+                return
+        await self.update_labels(expected, labels)
+
+    @asynccontextmanager
+    async def writer(
+        self, ref: str, *, total: int, expected: Digest, lease: str | None = None
+    ) -> AsyncIterator[ContentWriter]:
+        """Open the stream that writes the blob ``expected`` of ``total`` bytes.
+
+        Raises AlreadyExists when the blob is there (and then it is in the lease: trap 8),
+        Locked when another client writes this ref.  ``offset`` says what an earlier attempt
+        left.  Leaving without ``commit`` keeps the ingest; what is in a lease goes with it.
+        """
+        async with self._channel.duplex(
+            _SERVICE + "Write", pb.WriteContentResponse, lease=lease
+        ) as call:
+            writer = ContentWriter(self, call, ref, total, expected)
+            await writer._open()
+            yield writer
+
+    @asynccontextmanager
+    async def lock(self, ref: str, *, wait: float, lease: str | None = None) -> AsyncIterator[None]:
+        """Hold a lock that all clients of this namespace see, for ``wait`` seconds at most.
+
+        It is an ingest that is held open and never committed: containerd lets one client
+        write a ref, and lets go of it when that client's stream ends, however it ends.
+        Raises Locked when the wait is over.
+        """
+        async with self._when_free(ref, None, 0, lease, wait=wait) as writer:
+            assert writer is not None
+            try:
+                yield
+            finally:
+                # While we hold it: afterwards it could be the next holder's ingest.
+                await shielded(self._abort_quietly(ref), timeout=CLEANUP_TIMEOUT)
+
+    async def _abort_quietly(self, ref: str) -> None:
+        try:
+            await self.abort(ref)
+        except ContainerdError:
+            return  # a lost ingest of no bytes: the lease, or a day, takes it away
+
+    @asynccontextmanager
+    async def _when_free(
+        self, ref: str, expected: Digest | None, total: int, lease: str | None, *, wait: float
+    ) -> AsyncIterator[ContentWriter | None]:
+        """Open a writer once no other client holds the ref; None when the blob is there."""
+        deadline = time.monotonic() + wait
+        delay = LOCK_POLL_FIRST
+        while True:
+            async with self._channel.duplex(
+                _SERVICE + "Write", pb.WriteContentResponse, lease=lease
+            ) as call:
+                writer = ContentWriter(self, call, ref, total, expected)
+                try:
+                    await writer._open()
+                except AlreadyExists:
+                    break
+                except Locked:
+                    if time.monotonic() >= deadline:
+                        raise
+                else:
+                    yield writer
+                    return
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, LOCK_POLL_LONGEST)
+        yield None
+
+
+class ContentWriter:
+    """One write stream: messages of up to 1 MiB, several on their way at once.
+
+    Not for concurrent use.  ``offset`` is how many bytes containerd has been sent, those of an
+    earlier attempt included.
+    """
+
+    def __init__(
+        self,
+        content: Content,
+        call: grpc.aio.StreamStreamCall[Any, pb.WriteContentResponse],
+        ref: str,
+        total: int,
+        expected: Digest | None,
+    ) -> None:
+        self._content = content
+        self._call = call
+        self._in_flight = 0
+        self.ref = ref
+        self.total = total
+        self.expected = expected
+        self.offset = 0
+
+    async def _open(self) -> Self:
+        await self._send(pb.STAT, ref=self.ref)
+        self.offset = (await self._answer()).offset
+        return self
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Send bytes; waits only while too many messages are unanswered.
+
+        An error that containerd found in an earlier message is raised here or at ``commit``.
+        """
+        view = memoryview(data)
+        for start in range(0, len(view), MESSAGE_SIZE):
+            part = bytes(view[start : start + MESSAGE_SIZE])
+            if self._in_flight >= MAX_IN_FLIGHT:
+                await self._answer()
+            await self._send(pb.WRITE, offset=self.offset, data=part)
+            self.offset += len(part)
+
+    async def reset(self) -> None:
+        """Begin again at 0: a write there truncates what an earlier attempt left (trap 4)."""
+        await self._settle()
+        await self._send(pb.WRITE, offset=0)
+        self.offset = (await self._answer()).offset
+
+    async def commit(self, labels: Mapping[str, str] | None = None) -> None:
+        """Make the blob visible; containerd checks size and digest first.
+
+        A blob that somebody else committed meanwhile is a success, too.  Raises
+        FailedPrecondition for a wrong digest or size; the ingest is thrown away then, or each
+        later attempt would find it complete and fail again (trap 6).
+        """
+        try:
+            await self._settle()
+            # The offset must be there: 0 would truncate (trap 4).
+            await self._send(pb.COMMIT, offset=self.offset, labels=labels)
+            await self._answer()
+            await self._drain()
+        except AlreadyExists:
+            if labels and self.expected is not None:
+                await self._content.update_labels(self.expected, labels)
+        except FailedPrecondition:
+            await self._content.abort(self.ref)
+            raise
+
+    async def _send(
+        self,
+        action: pb.WriteAction,
+        *,
+        ref: str = "",
+        offset: int = 0,
+        data: bytes = b"",
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        message = pb.WriteContentRequest(
+            action=action,
+            ref=ref,
+            total=self.total,
+            expected=str(self.expected or ""),
+            offset=offset,
+            data=data,
+            labels=labels or {},
+        )
+        self._in_flight += 1
+        try:
+            await self._call.write(message)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            # The server has ended the call (InvalidStateError is grpcio's word for writing to
+            # one): its status tells why.
+            raise await self._ended() from error
+
+    async def _answer(self) -> pb.WriteContentResponse:
+        try:
+            answer = await self._call.read()
+        except grpc.RpcError as error:
+            raise await self._ended() from error
+        if answer is grpc.aio.EOF:
+            raise await self._ended()
+        self._in_flight -= 1
+        assert isinstance(answer, pb.WriteContentResponse)
+        return answer
+
+    async def _settle(self) -> None:
+        while self._in_flight:
+            await self._answer()
+
+    async def _drain(self) -> None:
+        """Read to the end of the stream: the call counts as cancelled otherwise (trap 10)."""
+        try:
+            await self._call.done_writing()
+            while await self._call.read() is not grpc.aio.EOF:
+                pass
+        except grpc.RpcError as error:
+            raise await self._ended() from error
+
+    async def _ended(self) -> ContainerdError:
+        code = await self._call.code()
+        if code is grpc.StatusCode.OK:
+            return Unavailable("containerd ended a write before it was complete")
+        return translate(code, await self._call.details())
+
+    def __repr__(self) -> str:
+        return f"<ContentWriter {self.ref} at {self.offset} of {self.total}>"
+
+
+def _blob_info(info: pb.Info) -> BlobInfo:
+    return BlobInfo(
+        digest=Digest.parse(info.digest),
+        size=info.size,
+        labels=dict(info.labels),
+        created_at=time_from(info.created_at),
+        updated_at=time_from(info.updated_at),
+    )
+
+
+def _ingest_status(status: pb.Status) -> IngestStatus:
+    return IngestStatus(
+        ref=status.ref,
+        offset=status.offset,
+        total=status.total,
+        started_at=time_from(status.started_at),
+        updated_at=time_from(status.updated_at),
+    )

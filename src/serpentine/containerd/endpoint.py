@@ -1,0 +1,76 @@
+"""Where a containerd is, and what must be sent along to be let in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Self
+
+from serpentine.errors import InvalidSetting
+
+__all__ = ["Endpoint"]
+
+# sun_path has 108 bytes with its final zero.
+MAX_SOCKET_PATH = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A unix socket (``unix:///path``) or ``host:port``.
+
+    ``metadata`` goes with every call and may hold a token, ``root_certificates`` (PEM) makes
+    the connection a TLS one; neither appears in ``repr``.
+    """
+
+    address: str
+    metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    root_certificates: bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a path, ``unix:///path``, ``host:port`` or ``tcp://host:port``.
+
+        Raises InvalidSetting.
+        """
+        given = text.strip()
+        if given.startswith("unix:"):
+            path = given.removeprefix("unix:")
+            path = path.removeprefix("//") if path.startswith("///") else path
+            return cls._socket(path, text)
+        if given.startswith("/"):
+            return cls._socket(given, text)
+        address = given.removeprefix("tcp://")
+        host, colon, port = address.rpartition(":")
+        if not (colon and host and port.isdigit() and 0 < int(port) < 65536) or "/" in address:
+            raise InvalidSetting(
+                f"{text!r} is not a containerd address",
+                hint="give the path of its socket: /run/containerd/containerd.sock",
+            )
+        if ":" in host and not host.startswith("["):
+            raise InvalidSetting(
+                f"{text!r} is not a containerd address",
+                hint="put an IPv6 address into brackets: [::1]:PORT",
+            )
+        return cls(address)
+
+    @classmethod
+    def _socket(cls, path: str, text: str) -> Self:
+        if not path.startswith("/"):
+            raise InvalidSetting(
+                f"{text!r} is not a containerd address", hint="the socket's path must be absolute"
+            )
+        if len(path.encode()) > MAX_SOCKET_PATH:
+            raise InvalidSetting(
+                f"the socket path {path} is longer than the {MAX_SOCKET_PATH} bytes that the"
+                " system allows",
+                hint="choose a shorter directory",
+            )
+        return cls(f"unix://{path}")
+
+    @property
+    def socket_path(self) -> str | None:
+        """The path of the unix socket; None for a TCP endpoint."""
+        path = self.address.removeprefix("unix://")
+        return path if path != self.address else None
+
+    def __str__(self) -> str:
+        return self.socket_path or self.address

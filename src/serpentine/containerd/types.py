@@ -1,0 +1,135 @@
+"""containerd's values, as plain immutable ones of ours: no protobuf leaves this room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+
+from serpentine.model.digest import Digest
+from serpentine.model.documents import Descriptor
+from serpentine.model.platform import Platform
+
+__all__ = [
+    "BlobInfo",
+    "ImageRecord",
+    "IngestStatus",
+    "Lease",
+    "Mount",
+    "PluginInfo",
+    "Resource",
+    "SnapshotInfo",
+    "SnapshotKind",
+    "SnapshotUsage",
+    "VersionInfo",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionInfo:
+    """A daemon's version and source revision."""
+
+    version: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlobInfo:
+    """A blob in the content store; ``size`` in bytes."""
+
+    digest: Digest
+    size: int
+    labels: Mapping[str, str]
+    created_at: datetime | None
+    updated_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class IngestStatus:
+    """A blob that is being written, or was left half-written: ``offset`` bytes are there."""
+
+    ref: str
+    offset: int
+    total: int
+    started_at: datetime | None
+    updated_at: datetime | None
+
+
+class SnapshotKind(Enum):
+    """What may be done with a snapshot."""
+
+    UNKNOWN = 0
+    VIEW = 1
+    ACTIVE = 2
+    COMMITTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A snapshot; ``parent`` is empty for the lowest."""
+
+    name: str
+    parent: str
+    kind: SnapshotKind
+    labels: Mapping[str, str]
+    created_at: datetime | None
+    updated_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotUsage:
+    """What a snapshot itself takes, without its parents: bytes and inodes."""
+
+    size: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A mount that makes up a snapshot; the paths are those of containerd's machine."""
+
+    type: str
+    source: str
+    target: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What keeps the collector away from the objects that were written under it."""
+
+    id: str
+    created_at: datetime | None
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """An object that a lease holds: ``type`` is ``content``, ``ingests``, ``snapshots/NAME``."""
+
+    id: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """A name in containerd, and the document that it stands for."""
+
+    name: str
+    target: Descriptor
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """A part of a daemon; ``init_error`` is None when it works."""
+
+    type: str
+    id: str
+    platforms: tuple[Platform, ...]
+    capabilities: tuple[str, ...]
+    exports: Mapping[str, str]
+    init_error: str | None

@@ -1,0 +1,14 @@
+"""An OCI distribution client: from references to verified documents and streams of bytes."""
+
+from serpentine.registry.blobs import BlobStream
+from serpentine.registry.client import RegistryClient, Repository, Resolved
+from serpentine.registry.credentials import Credential, CredentialStore
+
+__all__ = [
+    "BlobStream",
+    "Credential",
+    "CredentialStore",
+    "RegistryClient",
+    "Repository",
+    "Resolved",
+]

@@ -1,0 +1,82 @@
+"""A blob's bytes as they come in, counted against what its descriptor says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+from serpentine.errors import RegistryProtocolError, TransferError
+from serpentine.model.documents import Descriptor
+from serpentine.registry.transport import Response
+
+__all__ = ["BlobStream"]
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+class BlobStream:
+    """Iterate over it for the bytes from the offset on, to the end of the blob.
+
+    ``offset`` moves with what was handed out.  Raises TransferError when the body ends before
+    the descriptor's size (cleanly or not) or goes on after it; no Content-Length is needed.
+    """
+
+    def __init__(
+        self, response: Response, descriptor: Descriptor, offset: int, *, image: str
+    ) -> None:
+        self._response = response
+        self._descriptor = descriptor
+        self._image = image
+        self.offset = offset
+        self.host = response.host
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = self._descriptor.size
+        skip = self._check_range()
+        if self._response.status == 416:
+            return
+        async for chunk in self._response.chunks():
+            part = chunk
+            if skip:
+                part = chunk[skip:]
+                skip -= len(chunk) - len(part)
+            if self.offset + len(part) > size:
+                raise self._broken(f"it is longer than the {size} bytes of its descriptor")
+            self.offset += len(part)
+            if part:
+                yield part
+        if self.offset < size:
+            raise self._broken(f"it ended after {self.offset} of {size} bytes")
+
+    def _check_range(self) -> int:
+        """Return how many bytes of the body to pass over (trap 38)."""
+        status = self._response.status
+        if status == 200:
+            return self.offset  # the whole blob, whatever we asked for
+        if status == 416:
+            if self.offset == self._descriptor.size:
+                return 0
+            raise self._bad_range("refuses to continue")
+        found = _CONTENT_RANGE.fullmatch(self._response.headers.get("Content-Range", "").strip())
+        if found is None or int(found[1]) != self.offset:
+            raise self._bad_range("continues somewhere else than asked")
+        if found[3] != "*" and int(found[3]) != self._descriptor.size:
+            raise self._bad_range(f"has {found[3]} bytes instead of {self._descriptor.size}")
+        return 0
+
+    def _broken(self, why: str) -> TransferError:
+        return TransferError(
+            f"{self._image}: layer {self._descriptor.digest} from {self.host}: {why}",
+            host=self.host,
+            image=self._image,
+            hint="pull again; if it stays, the image has to be pushed again",
+        )
+
+    def _bad_range(self, why: str) -> RegistryProtocolError:
+        return RegistryProtocolError(
+            f"{self._image}: layer {self._descriptor.digest} at byte {self.offset}:"
+            f" {self.host} {why}",
+            host=self.host,
+            image=self._image,
+            hint="pull again",
+        )
