@@ -38,8 +38,12 @@ _SERVICE = "/containerd.services.content.v1.Content/"
 MESSAGE_SIZE = 1024 * 1024
 MAX_IN_FLIGHT = 4
 
-LOCK_POLL_FIRST = 0.002
-LOCK_POLL_LONGEST = 0.1
+# How often to look whether an ingest that another client holds is gone, in seconds.
+POLL_FIRST = 0.002
+POLL_LONGEST = 0.1
+# How long an ingest may stand still before we try whether its holder has died.
+PATIENCE_FIRST = 1.0
+PATIENCE_LONGEST = 8.0
 CLEANUP_TIMEOUT = 10.0
 
 
@@ -117,6 +121,30 @@ class Content:
         )
         return [_ingest_status(status) for status in answer.statuses]
 
+    async def wait_released(self, ref: str, *, patience: float) -> IngestStatus | None:
+        """Wait for another client's ingest: until it is gone, or has not moved for a while.
+
+        Returns None when it is gone (committed or aborted), else its status after
+        ``patience`` seconds without a new byte.
+
+        Opening a ref that is held is no way to wait for it: containerd before 2.0 tries for
+        half a second, inside a transaction, and every other write waits as long.
+        """
+        delay = POLL_FIRST
+        last: IngestStatus | None = None
+        moved = time.monotonic()
+        while True:
+            try:
+                status = await self.status(ref)
+            except NotFound:
+                return None
+            if last is None or status.offset != last.offset:
+                last, moved = status, time.monotonic()
+            elif time.monotonic() - moved >= patience:
+                return status
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, POLL_LONGEST)
+
     async def abort(self, ref: str) -> None:
         """Throw an ingest away; it need not be there."""
         try:
@@ -191,7 +219,7 @@ class Content:
     ) -> AsyncIterator[ContentWriter | None]:
         """Open a writer once no other client holds the ref; None when the blob is there."""
         deadline = time.monotonic() + wait
-        delay = LOCK_POLL_FIRST
+        patience = PATIENCE_FIRST
         while True:
             async with self._channel.duplex(
                 _SERVICE + "Write", pb.WriteContentResponse, lease=lease
@@ -207,8 +235,8 @@ class Content:
                 else:
                     yield writer
                     return
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, LOCK_POLL_LONGEST)
+            await self.wait_released(ref, patience=patience)
+            patience = min(patience * 2, PATIENCE_LONGEST)
         yield None
 
 

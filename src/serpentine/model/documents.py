@@ -297,8 +297,11 @@ def layers_of(manifest: Manifest, config: ImageConfig, what: str) -> tuple[Layer
         )
     chain = chain_ids(diff_ids)
     return tuple(
-        Layer(descriptor=descriptor, diff_id=diff_id, chain_id=chain_id, parent=parent)
-        for descriptor, diff_id, chain_id, parent in zip(
-            manifest.layers, diff_ids, chain, (None, *chain[:-1]), strict=True
+        Layer(
+            descriptor=descriptor,
+            diff_id=diff_ids[place],
+            chain_id=chain[place],
+            parent=chain[place - 1] if place else None,
         )
+        for place, descriptor in enumerate(manifest.layers)
     )

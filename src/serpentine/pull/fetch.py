@@ -11,7 +11,6 @@ from serpentine.errors import (
     DigestMismatch,
     FailedPrecondition,
     Locked,
-    NotFound,
     TransferError,
 )
 from serpentine.events import LayerStatus, Retrying
@@ -25,10 +24,10 @@ __all__ = ["fetch_blob", "source_labels"]
 MAX_TRIES_WITHOUT_PROGRESS = 4
 RETRY_DELAYS = (0.1, 0.5, 2.0, 5.0)
 
-# Another client writes the same blob: wait for it as long as it moves.
-LOCK_POLL_FIRST = 0.005
-LOCK_POLL_LONGEST = 0.5
-LOCK_STALLED_AFTER = 60.0
+# Another client writes the same blob: wait for it as long as it moves, and look this often
+# whether it has died.
+HOLDER_PATIENCE = 2.0
+HOLDER_STALLED_AFTER = 60.0
 
 # Events are for eyes and logs; one per chunk would cost more than it tells.
 REPORT_EVERY = 0.1
@@ -126,24 +125,19 @@ class _Waiting:
     """Waits for the client that writes a blob, as long as its offset moves."""
 
     def __init__(self) -> None:
-        self._delay = LOCK_POLL_FIRST
         self._offset = -1
         self._moved = time.monotonic()
 
     async def pause(self, job: Job, blob: Descriptor, places: tuple[int, ...]) -> None:
-        ref = f"layer-{blob.digest}"
-        try:
-            offset = (await job.containerd.content.status(ref)).offset
-        except NotFound:
-            offset = self._offset  # committed or aborted this moment: look again
-        if offset != self._offset:
-            self._offset, self._moved = offset, time.monotonic()
-            job.report(places, blob, LayerStatus.WAITING, max(offset, 0))
-        elif time.monotonic() - self._moved > LOCK_STALLED_AFTER:
+        """Return when it is worth another try."""
+        job.report(places, blob, LayerStatus.WAITING, max(self._offset, 0))
+        content = job.containerd.content
+        status = await content.wait_released(f"layer-{blob.digest}", patience=HOLDER_PATIENCE)
+        if status is None or status.offset != self._offset:
+            self._offset, self._moved = status.offset if status else -1, time.monotonic()
+        elif time.monotonic() - self._moved > HOLDER_STALLED_AFTER:
             raise Locked(
                 f"another client has been holding layer {blob.digest} for"
-                f" {LOCK_STALLED_AFTER:.0f} seconds and does not get on",
+                f" {HOLDER_STALLED_AFTER:.0f} seconds and does not get on",
                 hint="end that client, or restart containerd",
             )
-        await asyncio.sleep(self._delay)
-        self._delay = min(self._delay * 2, LOCK_POLL_LONGEST)

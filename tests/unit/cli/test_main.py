@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import serpentine
-from serpentine.cli.__main__ import COMMANDS, _run
+from serpentine.cli.main import COMMANDS, _run
 
 
 def test_version(capsys):
@@ -69,7 +69,7 @@ def test_start_up_imports_only_what_the_command_needs():
     for arguments in (["version"], ["--help"]):
         code = (
             "import sys\n"
-            "from serpentine.cli.__main__ import _run\n"
+            "from serpentine.cli.main import _run\n"
             f"_run({arguments!r})\n"
             f"print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
         )

@@ -1,0 +1,5 @@
+"""``python -m serpentine``."""
+
+from serpentine.cli.main import main
+
+main()
