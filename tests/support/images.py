@@ -9,7 +9,9 @@ import http.client
 import io
 import json
 import random
+import re
 import ssl
+import subprocess
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -224,6 +226,13 @@ def attestation(subject: Image) -> tuple[Image, dict[str, Any]]:
     return made, made.descriptor("unknown/unknown", annotations=notes)
 
 
+def _libraries(program: Path) -> list[Entry]:
+    """Return what a program is linked with, at its paths; nothing for a static one."""
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+    paths = [Path(p) for p in re.findall(r"(/\S+) \(0x", listed)]
+    return [file(str(p).lstrip("/"), p.read_bytes(), mode=0o755) for p in paths]
+
+
 def busybox_layer(**more: Any) -> Layer:
     """Make a layer from which a shell and the usual small programs run."""
     links = ("sh", "ls", "cat", "echo", "true", "sleep", "id", "stat")
@@ -231,6 +240,7 @@ def busybox_layer(**more: Any) -> Layer:
         [
             folder("bin"),
             file("bin/busybox", BUSYBOX.read_bytes(), mode=0o755),
+            *_libraries(BUSYBOX),
             *(symlink(f"bin/{name}", "busybox") for name in links),
             folder("etc"),
             file("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"),

@@ -28,4 +28,4 @@ def age(now: datetime, then: datetime | None) -> str:
         if seconds >= length:
             count = seconds // length
             return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "now"
+    return "just now"

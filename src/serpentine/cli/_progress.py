@@ -114,7 +114,8 @@ class PlainProgress:
         self._last[event.index] = (event.status, now, event.offset)
         line = f"{_short(event.digest)}: {_WORDS[event.status]}"
         if event.status is LayerStatus.DOWNLOADING:
-            line += f" {size(event.offset)} of {size(event.size)}"
+            begun = f" {size(event.offset)} of" if event.offset else ""
+            line += f"{begun} {size(event.size)}"
             if status is event.status:
                 line += f", {size((event.offset - offset) / (now - told))}/s"
         return line

@@ -28,8 +28,8 @@ def test_size(count, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (-5, "now"),
-        (0, "now"),
+        (-5, "just now"),
+        (0, "just now"),
         (1, "1 second ago"),
         (119, "1 minute ago"),
         (7200, "2 hours ago"),

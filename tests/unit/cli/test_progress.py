@@ -77,7 +77,7 @@ def test_plain_lines_go_to_stderr_one_per_change(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert f"{'b' * 12}: downloading 0 B of 2.0 MB" in lines
+    assert f"{'b' * 12}: downloading 2.0 MB" in lines
     assert sum("downloading" in line for line in lines) == 1, "no line per chunk"
     assert f"{'b' * 12}: applying" in lines
     assert f"{'b' * 12}: done" in lines
