@@ -84,10 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        cli.main(args=arguments, prog_name="serpentine", standalone_mode=False)
+        # Without standalone mode, click returns the status of an Exit.
+        status = cli.main(args=arguments, prog_name="serpentine", standalone_mode=False)
         sys.stdout.flush()
-    except click.exceptions.Exit as done:
-        return done.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -102,7 +101,7 @@ def _run(arguments: list[str] | None) -> int:
         # Whoever read us has gone.  Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def _is_usage(error: InputError) -> bool:

@@ -105,7 +105,7 @@ async def _stream(
                         job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
         except TransferError as error:
             failures = 1 if writer.offset > start else failures + 1
-            if failures >= MAX_TRIES_WITHOUT_PROGRESS or writer.offset > blob.size:
+            if failures >= MAX_TRIES_WITHOUT_PROGRESS:
                 raise
             delay = RETRY_DELAYS[failures - 1]
             job.on_event(Retrying(what=f"layer {blob.digest}", reason=str(error), delay=delay))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 
-from serpentine.errors import RegistryProtocolError, TransferError
+from serpentine.errors import RegistryProtocolError, SizeMismatch, TransferError
 from serpentine.model.documents import Descriptor
 from serpentine.registry.transport import Response
 
@@ -18,7 +18,8 @@ class BlobStream:
     """Iterate over it for the bytes from the offset on, to the end of the blob.
 
     ``offset`` moves with what was handed out.  Raises TransferError when the body ends before
-    the descriptor's size (cleanly or not) or goes on after it; no Content-Length is needed.
+    the descriptor's size (cleanly or not), which is worth another try, and SizeMismatch when it
+    goes on after it, which is not.  No Content-Length is needed.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class BlobStream:
                 part = chunk[skip:]
                 skip -= len(chunk) - len(part)
             if self.offset + len(part) > size:
-                raise self._broken(f"it is longer than the {size} bytes of its descriptor")
+                raise self._too_long()
             self.offset += len(part)
             if part:
                 yield part
@@ -60,9 +61,17 @@ class BlobStream:
         found = _CONTENT_RANGE.fullmatch(self._response.headers.get("Content-Range", "").strip())
         if found is None or int(found[1]) != self.offset:
             raise self._bad_range("continues somewhere else than asked")
-        if found[3] != "*" and int(found[3]) != self._descriptor.size:
-            raise self._bad_range(f"has {found[3]} bytes instead of {self._descriptor.size}")
+        if found[3] != "*" and int(found[3]) > self._descriptor.size:
+            raise self._too_long()
         return 0
+
+    def _too_long(self) -> SizeMismatch:
+        return SizeMismatch(
+            f"{self._image}: layer {self._descriptor.digest} from {self.host} is longer than the"
+            f" {self._descriptor.size} bytes of its descriptor",
+            image=self._image,
+            hint="the image has to be pushed again",
+        )
 
     def _broken(self, why: str) -> TransferError:
         return TransferError(

@@ -181,8 +181,8 @@ class Repository:
     ) -> AsyncIterator[BlobStream]:
         """Open a blob from a byte on; its bytes come as they are stored.
 
-        The stream raises TransferError when it ends early or goes on too long: open it again
-        at ``stream.offset`` to continue.
+        The stream raises TransferError when it ends early: open it again at ``stream.offset``
+        to continue.
         """
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         try:

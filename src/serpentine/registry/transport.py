@@ -94,7 +94,7 @@ class Transport:
     ) -> None:
         self._insecure = frozenset(insecure)
         self._verified = ssl.create_default_context()
-        self._unverified = ssl.create_default_context()
+        self._unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._unverified.check_hostname = False
         self._unverified.verify_mode = ssl.CERT_NONE
         self._session = aiohttp.ClientSession(
