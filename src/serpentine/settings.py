@@ -115,10 +115,10 @@ def _default_dirs() -> tuple[Path, Path]:
         return Path("/var/lib/serpentine"), Path("/run/serpentine")
     import platformdirs
 
-    return (
-        platformdirs.user_data_path("serpentine", appauthor=False),
-        platformdirs.user_runtime_path("serpentine", appauthor=False),
-    )
+    data = platformdirs.user_data_path("serpentine", appauthor=False)
+    # Not platformdirs' runtime path: without XDG_RUNTIME_DIR it warns, and makes one up in /tmp.
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return data, Path(runtime) / "serpentine" if runtime else data / "run"
 
 
 def _config_path(environ: Mapping[str, str]) -> Path:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(
 def embedded(monkeypatch):
     """A containerd of our own in directories of the test's own; always stopped in the end."""
     base = Path(tempfile.mkdtemp(prefix="spt-"))
+    base.chmod(0o711)
     monkeypatch.setenv("SERPENTINE_DATA_DIR", str(base / "data"))
     monkeypatch.setenv("SERPENTINE_RUN_DIR", str(base / "run"))
     daemon = Embedded(base / "data", base / "run")
@@ -219,8 +220,6 @@ def test_without_root_the_error_says_what_to_do(embedded):
 
 def test_a_socket_that_we_may_not_open(embedded):
     assert run("daemon", "start").returncode == 0
-    for directory in (embedded.run_dir, embedded.run_dir.parent):
-        directory.chmod(0o711)
     done = run_as_nobody("--address", str(embedded.socket), "pull", "alpine")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
