@@ -22,10 +22,12 @@ NAMESPACE = "serpentine-demo"
 
 
 def say(text: str) -> None:
+    """Print a heading."""
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
 def run(*arguments: str, check: bool = True) -> int:
+    """Show a command, run it, and end the demo if it fails."""
     print(f"$ {' '.join(arguments)}", flush=True)
     program = [sys.executable, "-m", "serpentine", *arguments[1:]]
     command = program if arguments[0] == "serpentine" else list(arguments)
@@ -74,6 +76,7 @@ def directories() -> Iterator[None]:
 
 
 def main() -> None:
+    """Run the demo."""
     with directories(), source() as reference:
         address = os.environ.get("CONTAINERD_ADDRESS")
         if not address:
