@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from serpentine._concurrency import KeyedLock
 from serpentine._version import __version__
@@ -17,8 +17,10 @@ from serpentine.model.reference import Reference
 from serpentine.model.state import ContainerState
 from serpentine.pull.local import LocalImage, find_record, list_images, read_image
 from serpentine.pull.pull import PullOptions, pull, state_of
-from serpentine.registry import CredentialStore, RegistryClient
 from serpentine.settings import Settings, load
+
+if TYPE_CHECKING:
+    from serpentine.registry import RegistryClient
 
 __all__ = ["Engine", "connect"]
 
@@ -146,7 +148,7 @@ class Engine:
             platform=wanted or await self.platform(),
             max_concurrent_downloads=self.settings.max_concurrent_downloads,
         )
-        repository = (await self._registry_client()).repository(reference, on_event=tell)
+        repository = self._registry_client().repository(reference, on_event=tell)
         return await pull(
             repository, self.containerd, snapshots, options, locks=self._locks, on_event=tell
         )
@@ -216,8 +218,11 @@ class Engine:
                 hint=f"choose one of: {', '.join(there)}",
             )
 
-    async def _registry_client(self) -> RegistryClient:
+    def _registry_client(self) -> RegistryClient:
         if self._registry is None:
+            # Here and not above: what needs no registry does not pay for an HTTP client.
+            from serpentine.registry import CredentialStore, RegistryClient
+
             self._registry = RegistryClient(
                 credentials=CredentialStore.from_environment(),
                 insecure=self.settings.insecure_registries,

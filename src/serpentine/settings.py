@@ -75,7 +75,7 @@ class Settings:
     namespace: str = DEFAULT_NAMESPACE
     snapshotter: str | None = None
     insecure_registries: tuple[str, ...] = ()
-    max_concurrent_downloads: int = 4
+    max_concurrent_downloads: int = 3
     data_dir: Path = field(default_factory=lambda: _default_dirs()[0])
     run_dir: Path = field(default_factory=lambda: _default_dirs()[1])
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)

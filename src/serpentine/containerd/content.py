@@ -33,9 +33,10 @@ __all__ = ["Content", "ContentWriter"]
 
 _SERVICE = "/containerd.services.content.v1.Content/"
 
-# containerd takes 16 MiB per message, overhead included (trap 12).  Larger messages cost memory
-# on both sides, smaller ones time; answers are waited for only when the window is full.
-MESSAGE_SIZE = 1024 * 1024
+# containerd takes 16 MiB per message, overhead included (trap 12).  Smaller messages cost time
+# (writing 384 MB: 0.4 s of our processor with 512 KiB or 1 MiB, 1.3 s with 64 KiB), larger ones
+# memory on both sides; answers are waited for only when the window is full.
+MESSAGE_SIZE = 512 * 1024
 MAX_IN_FLIGHT = 4
 
 # How often to look whether an ingest that another client holds is gone, in seconds.
@@ -241,10 +242,10 @@ class Content:
 
 
 class ContentWriter:
-    """One write stream: messages of up to 1 MiB, several on their way at once.
+    """One write stream: messages of 512 KiB, several on their way at once.
 
-    Not for concurrent use.  ``offset`` is how many bytes containerd has been sent, those of an
-    earlier attempt included.
+    Not for concurrent use.  ``offset`` is how many bytes it has been given, those of an earlier
+    attempt included; what does not fill a message waits for more, or for ``commit``.
     """
 
     def __init__(
@@ -258,6 +259,8 @@ class ContentWriter:
         self._content = content
         self._call = call
         self._in_flight = 0
+        self._waiting: list[bytes] = []
+        self._waiting_size = 0
         self.ref = ref
         self.total = total
         self.expected = expected
@@ -268,24 +271,35 @@ class ContentWriter:
         self.offset = (await self._answer()).offset
         return self
 
-    async def write(self, data: bytes | memoryview) -> None:
-        """Send bytes; waits only while too many messages are unanswered.
+    async def write(self, data: bytes) -> None:
+        """Take bytes; waits only while too many messages are unanswered.
 
         An error that containerd found in an earlier message is raised here or at ``commit``.
         """
-        view = memoryview(data)
-        for start in range(0, len(view), MESSAGE_SIZE):
-            part = bytes(view[start : start + MESSAGE_SIZE])
-            if self._in_flight >= MAX_IN_FLIGHT:
-                await self._answer()
-            await self._send(pb.WRITE, offset=self.offset, data=part)
-            self.offset += len(part)
+        self.offset += len(data)
+        if self._waiting_size + len(data) < MESSAGE_SIZE:
+            self._waiting.append(data)
+            self._waiting_size += len(data)
+            return
+        whole = b"".join([*self._waiting, data]) if self._waiting else data
+        full = len(whole) - len(whole) % MESSAGE_SIZE
+        rest = whole[full:]
+        self._waiting, self._waiting_size = [rest] if rest else [], len(rest)
+        for start in range(0, full, MESSAGE_SIZE):
+            left = full - start + len(rest)
+            await self._send_data(self.offset - left, whole[start : start + MESSAGE_SIZE])
 
     async def reset(self) -> None:
         """Begin again at 0: a write there truncates what an earlier attempt left (trap 4)."""
         await self._settle()
+        self._waiting, self._waiting_size = [], 0
         await self._send(pb.WRITE, offset=0)
         self.offset = (await self._answer()).offset
+
+    async def _send_data(self, offset: int, data: bytes) -> None:
+        if self._in_flight >= MAX_IN_FLIGHT:
+            await self._answer()
+        await self._send(pb.WRITE, offset=offset, data=data)
 
     async def commit(self, labels: Mapping[str, str] | None = None) -> None:
         """Make the blob visible; containerd checks size and digest first.
@@ -295,6 +309,10 @@ class ContentWriter:
         later attempt would find it complete and fail again (trap 6).
         """
         try:
+            if self._waiting:
+                rest = b"".join(self._waiting)
+                self._waiting = []
+                await self._send_data(self.offset - len(rest), rest)
             await self._settle()
             # The offset must be there: 0 would truncate (trap 4).
             await self._send(pb.COMMIT, offset=self.offset, labels=labels)

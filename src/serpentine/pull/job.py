@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from serpentine._concurrency import KeyedLock
 from serpentine.containerd import Containerd, Snapshots
 from serpentine.events import LayerProgress, LayerStatus, OnEvent
 from serpentine.model.documents import Descriptor
 from serpentine.model.reference import Reference
-from serpentine.registry import Repository
+
+if TYPE_CHECKING:
+    from serpentine.registry import Repository
 
 __all__ = ["Job", "Statistics"]
 

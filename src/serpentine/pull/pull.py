@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from serpentine._concurrency import KeyedLock, shielded, task_group
 from serpentine.containerd import Containerd, Snapshots
@@ -30,7 +31,9 @@ from serpentine.pull.plan import make_plan
 from serpentine.pull.record import is_recorded, record_image
 from serpentine.pull.resolve import ResolvedImage, resolve
 from serpentine.pull.unpack import lease_snapshot, unpack_layer
-from serpentine.registry import Repository
+
+if TYPE_CHECKING:
+    from serpentine.registry import Repository
 
 __all__ = ["PullOptions", "pull", "state_of"]
 
@@ -45,7 +48,7 @@ class PullOptions:
     """How to pull: for which platform, with how many downloads at once, synced to disk or not."""
 
     platform: Platform
-    max_concurrent_downloads: int = 4
+    max_concurrent_downloads: int = 3
     sync_fs: bool = False
 
 

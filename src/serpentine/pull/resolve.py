@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from serpentine.containerd import Content
 from serpentine.errors import (
@@ -28,7 +29,9 @@ from serpentine.model.documents import (
 )
 from serpentine.model.platform import Platform
 from serpentine.pull.plan import candidates, list_platforms
-from serpentine.registry import Repository
+
+if TYPE_CHECKING:
+    from serpentine.registry import Repository
 
 __all__ = ["Document", "Documents", "ResolvedImage", "find_image", "resolve"]
 
