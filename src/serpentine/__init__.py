@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from serpentine.model.platform import Platform
     from serpentine.model.reference import Reference
     from serpentine.model.state import ContainerState
+    from serpentine.pull.local import LocalImage
     from serpentine.settings import Settings
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Digest",
     "Engine",
     "Event",
+    "LocalImage",
     "Platform",
     "Reference",
     "SerpentineError",
@@ -52,6 +54,7 @@ _HOMES = {
     "Digest": "serpentine.model.digest",
     "Engine": "serpentine.engine",
     "Event": "serpentine.events",
+    "LocalImage": "serpentine.pull.local",
     "Platform": "serpentine.model.platform",
     "Reference": "serpentine.model.reference",
     "SerpentineError": "serpentine.errors",

@@ -7,7 +7,7 @@ disagree.  An event is an immutable value; ``name`` is its kind in JSON lines.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -153,8 +153,3 @@ OnEvent = Callable[[Event], None]
 def ignore(event: Event) -> None:
     """Receive events and do nothing."""
     del event
-
-
-def kinds() -> dict[str, tuple[str, ...]]:
-    """Return each event's name and the names of its members."""
-    return {kind.name: tuple(f.name for f in fields(kind)) for kind in Event.__subclasses__()}

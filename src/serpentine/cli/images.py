@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 
 import click
 
+from serpentine import LocalImage
 from serpentine.cli._common import json_option, open_engine, print_json, run, settings_of
 from serpentine.cli._format import age, size
-from serpentine.pull.local import LocalImage
 
 
 @click.command(name="images")
