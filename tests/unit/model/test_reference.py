@@ -109,7 +109,13 @@ _valid = st.builds(
 
 @given(_valid)
 def test_agrees_with_an_independent_parser(text):
-    expected = oracle.Reference.parse_normalized_named(text)
+    try:
+        expected = oracle.Reference.parse_normalized_named(text)
+    except oracle.InvalidReference:
+        # A first component with a dot is a host, and '0.0_0' is none.
+        with pytest.raises(InvalidReference):
+            Reference.parse(text)
+        return
     ours = Reference.parse(text)
     assert ours.registry == expected.split_hostname()[0]
     assert ours.repository == expected.split_hostname()[1]
