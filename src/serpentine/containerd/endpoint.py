@@ -40,7 +40,10 @@ class Endpoint:
             return cls._socket(given, text)
         address = given.removeprefix("tcp://")
         host, colon, port = address.rpartition(":")
-        if not (colon and host and port.isdigit() and 0 < int(port) < 65536) or "/" in address:
+        if (
+            not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536)
+            or "/" in address
+        ):
             raise InvalidSetting(
                 f"{text!r} is not a containerd address",
                 hint="give the path of its socket: /run/containerd/containerd.sock",

@@ -29,7 +29,15 @@ _ARCHITECTURES = {
     "mips64el": ("mips64le", ""),
 }
 _DEFAULT_VARIANT = {"arm": "v7", "arm64": "v8", "amd64": "v1"}
+# Each runs what is built for those after it.
 _ARM_LEVELS = ("v8", "v7", "v6", "v5")
+_AMD64_LEVELS = ("v4", "v3", "v2", "v1")
+_ARM64_LEVELS = (
+    *(f"v9.{n}" for n in range(9, 0, -1)),
+    "v9",
+    *(f"v8.{n}" for n in range(9, 0, -1)),
+    "v8",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +83,19 @@ class Platform:
         """Yield the platforms whose images run on this one, the best first."""
         own = self.normalized()
         yield own
-        level = own.variant.removeprefix("v")
         if own.architecture == "amd64":
-            for lower in range(int(level or 1) - 1 if (level or "1").isdigit() else 0, 0, -1):
-                yield Platform(own.os, "amd64", f"v{lower}").normalized()
+            for lower in _below(own.variant or "v1", _AMD64_LEVELS):
+                yield Platform(own.os, "amd64", lower).normalized()
             yield Platform(own.os, "386")
         elif own.architecture == "arm64":
-            major = level.split(".")[0]
-            if own.variant and "." in own.variant and major.isdigit():
-                minor = level.split(".")[1]
-                for lower in range(int(minor) - 1 if minor.isdigit() else 0, -1, -1):
-                    name = f"v{major}.{lower}" if lower else f"v{major}"
-                    yield Platform(own.os, "arm64", name).normalized()
-            if own.variant:
+            for lower in _below(own.variant, _ARM64_LEVELS):
+                yield Platform(own.os, "arm64", lower).normalized()
+            if own.variant and own.variant not in _ARM64_LEVELS:
                 yield Platform(own.os, "arm64")
             for arm in _ARM_LEVELS:
                 yield Platform(own.os, "arm", arm)
-        elif own.architecture == "arm" and own.variant in _ARM_LEVELS:
-            for arm in _ARM_LEVELS[_ARM_LEVELS.index(own.variant) + 1 :]:
+        elif own.architecture == "arm":
+            for arm in _below(own.variant, _ARM_LEVELS):
                 yield Platform(own.os, "arm", arm)
 
     def rank(self, candidate: Platform) -> int | None:
@@ -110,3 +113,8 @@ class Platform:
     def __str__(self) -> str:
         text = f"{self.os}/{self.architecture}"
         return f"{text}/{self.variant}" if self.variant else text
+
+
+def _below(level: str, levels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the levels that a machine of this level runs, too; none for an unknown one."""
+    return levels[levels.index(level) + 1 :] if level in levels else ()

@@ -381,7 +381,7 @@ class Repository:
         if wanted is not None and digest is not None and digest != wanted:
             raise self._wrong_digest(wanted)
         digest = wanted or digest
-        if digest is None or not length.isdigit() or int(length) == 0:
+        if digest is None or not (length.isascii() and length.isdigit()) or int(length) == 0:
             return None
         if int(length) > MAX_DOCUMENT:
             raise self._too_large(digest)

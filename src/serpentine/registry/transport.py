@@ -5,6 +5,8 @@ No redirects, no retries, no authentication: those are decisions, and made above
 
 from __future__ import annotations
 
+import errno
+import os
 import ssl
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -257,11 +259,10 @@ def _tls(error: Exception, host: str) -> RegistryUnreachable:
 
 def _words(error: BaseException) -> str:
     """Return what went wrong in the system's words, without addresses or objects in it."""
-    number = getattr(error, "errno", None)
     if isinstance(error, aiohttp.ClientConnectorError):
         error = error.os_error
-        number = error.errno
-    text = getattr(error, "strerror", None) if number else None
-    if not text or not isinstance(text, str):
-        text = str(error) or type(error).__name__
-    return text.split("[", 1)[0].strip(" ,:").lower() or type(error).__name__
+    number = error.errno if isinstance(error, OSError) else None
+    if number in errno.errorcode and not isinstance(error, ssl.SSLError):
+        return os.strerror(number or 0).lower()
+    text = str(error).split("[", 1)[0].strip(" ,:").lower()
+    return text or type(error).__name__

@@ -110,10 +110,17 @@ class TestPlatform:
                 ["linux/arm64", "linux/arm/v8", "linux/arm/v7", "linux/arm/v6", "linux/arm/v5"],
             ),
             ("linux/riscv64", ["linux/riscv64"]),
+            ("linux/amd64/v999999999999", ["linux/amd64/v999999999999", "linux/386"]),
         ],
     )
     def test_what_runs_where_best_first(self, host, served):
         assert [str(p) for p in Platform.parse(host).serves()] == served
+
+    def test_levels_of_arm64(self):
+        served = [str(p) for p in Platform.parse("linux/arm64/v9.1").serves()]
+        assert served[:3] == ["linux/arm64/v9.1", "linux/arm64/v9", "linux/arm64/v8.9"]
+        assert served.index("linux/arm64") == 12
+        assert served[13] == "linux/arm/v8"
 
     def test_rank(self):
         host = Platform.parse("linux/arm64")

@@ -1,0 +1,504 @@
+"""The registry client against a registry that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import ssl
+import subprocess
+import sys
+
+import pytest
+import trustme
+
+from serpentine.errors import (
+    AuthenticationError,
+    DigestMismatch,
+    DocumentTooLarge,
+    RateLimited,
+    RegistryError,
+    RegistryNotFound,
+    RegistryProtocolError,
+    RegistryUnreachable,
+    SizeMismatch,
+    TransferError,
+)
+from serpentine.events import Retrying
+from serpentine.model.digest import Digest
+from serpentine.model.documents import Descriptor
+from serpentine.model.reference import Reference
+from serpentine.registry import Credential, CredentialStore, RegistryClient
+from serpentine.registry import client as client_module
+from tests.support.fake_registry import Answer, FakeRegistry
+from tests.support.images import OCI_MANIFEST, file, image, layer, noise
+
+DATA = noise("blob", 700_000)
+MADE = image([layer([file("a", noise("client", 100_000))])])
+
+
+class Store(CredentialStore):
+    """Knows one credential for every host."""
+
+    def __init__(self, credential: Credential | None = None) -> None:
+        super().__init__([], {})
+        self.credential = credential
+
+    async def find(self, registry, repository):
+        return self.credential
+
+
+@pytest.fixture
+def fake():
+    with FakeRegistry() as registry:
+        registry.add("a/b", "1", MADE)
+        registry.blobs[str(Digest.of(DATA))] = DATA
+        yield registry
+
+
+@pytest.fixture
+def other():
+    with FakeRegistry() as registry:
+        yield registry
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Record the waits between tries instead of waiting."""
+    recorded = []
+
+    class Asyncio:
+        @staticmethod
+        async def sleep(seconds: float) -> None:
+            recorded.append(seconds)
+
+    monkeypatch.setattr(client_module, "asyncio", Asyncio)
+    return recorded
+
+
+@pytest.fixture
+async def client():
+    async with RegistryClient(credentials=Store(Credential("u", "s3cr3t", source="f"))) as made:
+        yield made
+
+
+def repo(client, fake, reference="a/b:1", **more):
+    return client.repository(Reference.parse(f"{fake.address}/{reference}"), **more)
+
+
+def blob(data: bytes = DATA, size: int | None = None, **more) -> Descriptor:
+    return Descriptor(
+        media_type="x", digest=Digest.of(data), size=len(data) if size is None else size, **more
+    )
+
+
+async def read(repository, descriptor, offset=0) -> bytes:
+    parts = []
+    async with repository.open_blob(descriptor, offset=offset) as body:
+        async for chunk in body:
+            parts.append(chunk)
+        assert body.offset == descriptor.size
+    return b"".join(parts)
+
+
+class TestResolve:
+    async def test_one_head(self, client, fake):
+        resolved = await repo(client, fake).resolve()
+        assert str(resolved.descriptor.digest) == MADE.digest
+        assert resolved.descriptor.media_type == OCI_MANIFEST
+        assert resolved.body is None
+        assert [s.method for s in fake.seen] == ["HEAD"]
+        accepted = fake.seen[0].headers["accept"]
+        for kind in ("manifest.v1+json", "index.v1+json", "manifest.v2+json", "list.v2+json"):
+            assert kind in accepted
+
+    @pytest.mark.parametrize("status", [400, 403, 405, 501])
+    async def test_head_refused(self, client, fake, status):
+        """Trap 36."""
+        fake.on("HEAD", Answer(status))
+        resolved = await repo(client, fake).resolve()
+        assert str(resolved.descriptor.digest) == MADE.digest
+        assert resolved.body == MADE.data
+        assert [s.method for s in fake.seen] == ["HEAD", "GET"]
+
+    @pytest.mark.parametrize("headers", [{}, {"Docker-Content-Digest": ""}])
+    async def test_head_without_a_digest(self, client, fake, headers):
+        fake.on("HEAD", Answer(headers={"Content-Type": OCI_MANIFEST, **headers}, body=MADE.data))
+        fake.on("GET .*manifests", Answer(headers={"Content-Type": OCI_MANIFEST}, body=MADE.data))
+        resolved = await repo(client, fake).resolve()
+        assert str(resolved.descriptor.digest) == MADE.digest
+        assert resolved.body == MADE.data
+
+    async def test_head_without_a_length(self, client, fake):
+        fake.on("HEAD", Answer(headers={"Docker-Content-Digest": MADE.digest}, length=-1))
+        assert (await repo(client, fake).resolve()).body == MADE.data
+
+    async def test_a_lying_digest_header_on_get(self, client, fake):
+        fake.on("HEAD", Answer(405))
+        wrong = str(Digest.of(b"other"))
+        fake.on("GET", Answer(body=MADE.data, headers={"Docker-Content-Digest": wrong}))
+        with pytest.raises(DigestMismatch):
+            await repo(client, fake).resolve()
+
+    async def test_a_digest_header_that_is_none(self, client, fake):
+        fake.on("HEAD", Answer(headers={"Docker-Content-Digest": "sha256:xyz"}))
+        with pytest.raises(RegistryProtocolError, match="xyz"):
+            await repo(client, fake).resolve()
+
+    async def test_a_reference_by_digest_is_held_to_it(self, client, fake):
+        other = Digest.of(b"other")
+        reference = f"a/b@{other}"
+        fake.on("HEAD", Answer(headers={"Docker-Content-Digest": MADE.digest}, body=b"x"))
+        with pytest.raises(DigestMismatch):
+            await repo(client, fake, reference).resolve()
+        fake.on("HEAD", Answer(405))
+        fake.on("GET", Answer(body=MADE.data))
+        with pytest.raises(DigestMismatch):
+            await repo(client, fake, reference).resolve()
+
+    async def test_a_document_over_the_cap(self, client, fake):
+        headers = {"Docker-Content-Digest": MADE.digest}
+        fake.on("HEAD", Answer(headers=headers, length=5_000_000))
+        with pytest.raises(DocumentTooLarge):
+            await repo(client, fake).resolve()
+        assert not fake.requests("GET")
+
+
+class TestDocuments:
+    async def test_verified(self, client, fake):
+        descriptor = blob(MADE.data)
+        assert await repo(client, fake).fetch_document(descriptor, "manifests") == MADE.data
+
+    async def test_another_digest(self, client, fake):
+        fake.on("GET", Answer(body=bytes(len(MADE.data))))
+        with pytest.raises(DigestMismatch, match=fake.address):
+            await repo(client, fake).fetch_document(blob(MADE.data), "manifests")
+
+    @pytest.mark.parametrize("body", [MADE.data[:-1], MADE.data + b" "])
+    async def test_another_size(self, client, fake, body):
+        fake.on("GET", Answer(body=body))
+        with pytest.raises(SizeMismatch):
+            await repo(client, fake).fetch_document(blob(MADE.data), "manifests")
+
+    async def test_too_large_before_and_while_reading(self, client, fake):
+        with pytest.raises(DocumentTooLarge):
+            await repo(client, fake).fetch_document(blob(size=2**40), "blobs")
+        assert fake.seen == []
+        fake.on("GET", Answer(body=bytes(5_000_000), length=-1))
+        with pytest.raises(DocumentTooLarge):
+            await repo(client, fake).fetch_document(blob(size=10), "blobs")
+
+
+class TestBlobs:
+    async def test_whole_and_from_an_offset(self, client, fake):
+        repository = repo(client, fake)
+        assert await read(repository, blob()) == DATA
+        assert await read(repository, blob(), 1000) == DATA[1000:]
+        assert fake.seen[-1].headers["range"] == "bytes=1000-"
+        assert await read(repository, blob(), len(DATA)) == b""
+
+    async def test_a_range_that_is_ignored(self, client, fake):
+        fake.on("GET", Answer(body=DATA))
+        assert await read(repo(client, fake), blob(), 600_001) == DATA[600_001:]
+
+    @pytest.mark.parametrize(
+        "header", ["", "bytes 0-699999/700000", "bytes 1001-699999/700000", "items 1000-1/2"]
+    )
+    async def test_a_range_from_elsewhere(self, client, fake, header):
+        fake.on("GET", Answer(206, DATA[1000:], {"Content-Range": header} if header else {}))
+        with pytest.raises(RegistryProtocolError, match="continues somewhere else"):
+            await read(repo(client, fake), blob(), 1000)
+
+    async def test_a_range_of_unknown_total(self, client, fake):
+        fake.on("GET", Answer(206, DATA[1000:], {"Content-Range": "bytes 1000-699999/*"}))
+        assert await read(repo(client, fake), blob(), 1000) == DATA[1000:]
+
+    async def test_a_range_refused_in_the_middle(self, client, fake):
+        fake.on("GET", Answer(416))
+        with pytest.raises(RegistryProtocolError, match="refuses to continue"):
+            await read(repo(client, fake), blob(), 1000)
+
+    async def test_no_content_length(self, client, fake):
+        """Trap 40."""
+        fake.on("GET", Answer(body=DATA, length=-1))
+        assert await read(repo(client, fake), blob()) == DATA
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            Answer(body=DATA[:1000]),
+            Answer(body=DATA[:1000], length=-1),
+            Answer(body=DATA, break_after=1000),
+        ],
+        ids=["short", "short and clean", "broken off"],
+    )
+    async def test_a_body_that_ends_early(self, client, fake, answer):
+        fake.on("GET", answer)
+        got = b""
+        with pytest.raises(TransferError, match=fake.address):
+            async with repo(client, fake).open_blob(blob()) as body:
+                async for chunk in body:
+                    got += chunk
+        assert DATA.startswith(got)
+
+    @pytest.mark.parametrize("length", [None, -1])
+    async def test_a_body_that_goes_on(self, client, fake, length):
+        fake.on("GET", Answer(body=DATA + b"x", length=length))
+        with pytest.raises(SizeMismatch, match="longer than the 700000 bytes"):
+            await read(repo(client, fake), blob())
+
+    async def test_bytes_are_never_decoded(self, client, fake):
+        """Trap 39: a layer that is sent with Content-Encoding is still the layer."""
+        packed = gzip.compress(DATA)
+        fake.on("GET", Answer(body=packed, headers={"Content-Encoding": "gzip"}))
+        assert await read(repo(client, fake), blob(packed)) == packed
+        assert fake.seen[-1].headers["accept-encoding"] == "identity"
+
+    async def test_a_foreign_layer(self, client, fake):
+        """Trap 43: from its own place, over TLS only."""
+        fake.blobs.clear()
+        with pytest.raises(RegistryNotFound):
+            await read(repo(client, fake), blob(urls=["http://127.0.0.1:9/x"]))
+        with pytest.raises(RegistryUnreachable):
+            await read(repo(client, fake), blob(urls=["https://127.0.0.1:9/x"]))
+
+
+class TestRedirects:
+    async def test_to_another_host_without_authorization_with_range(self, client, fake, other):
+        """Trap 36."""
+        other.blobs = fake.blobs
+        fake.on(
+            "GET .*blobs",
+            lambda s: Answer(307, headers={"Location": f"{other.url}{s.path}?signed=s3cr3t-sig"}),
+        )
+        fake.on(
+            ".",
+            lambda s: (
+                None
+                if "authorization" in s.headers
+                else Answer(401, headers={"WWW-Authenticate": 'Basic realm="x"'})
+            ),
+        )
+        assert await read(repo(client, fake), blob(), 1000) == DATA[1000:]
+        (seen,) = other.seen
+        assert "authorization" not in seen.headers
+        assert seen.headers["range"] == "bytes=1000-"
+        assert fake.seen[-1].headers["authorization"].startswith("Basic")
+
+    async def test_on_the_same_host_with_authorization(self, client, fake):
+        path = f"/elsewhere/blobs/{Digest.of(DATA)}"
+        fake.on("GET /v2", Answer(302, headers={"Location": path}))
+        challenge = Answer(401, headers={"WWW-Authenticate": 'Basic realm="x"'})
+        fake.on(".", lambda s: None if "authorization" in s.headers else challenge)
+        assert await read(repo(client, fake), blob()) == DATA
+        assert "authorization" in fake.seen[-1].headers
+
+    async def test_a_refusal_over_there_is_no_reason_to_log_in(self, client, fake, other):
+        fake.on("GET", Answer(307, headers={"Location": f"{other.url}/x?sig=s3cr3t-sig"}))
+        other.on(".", Answer(401, headers={"WWW-Authenticate": 'Basic realm="evil"'}))
+        with pytest.raises(AuthenticationError) as caught:
+            await read(repo(client, fake), blob())
+        assert len(other.seen) == 1
+        assert "authorization" not in other.seen[0].headers
+        assert "s3cr3t" not in f"{caught.value}{caught.value.hint}"
+
+    async def test_a_loop_ends(self, client, fake):
+        fake.on("GET", lambda s: Answer(302, headers={"Location": s.path}))
+        with pytest.raises(RegistryProtocolError, match="more than 10 times"):
+            await read(repo(client, fake), blob())
+        assert len(fake.seen) < 15
+
+    @pytest.mark.parametrize("location", ["", "ftp://x/y", "http://", "javascript:x"])
+    async def test_to_nowhere(self, client, fake, location):
+        fake.on("GET", Answer(302, headers={"Location": location} if location else {}))
+        with pytest.raises(RegistryProtocolError):
+            await read(repo(client, fake), blob())
+
+
+class TestRetries:
+    async def test_what_passes_is_tried_again(self, client, fake, waits):
+        for status in (500, 502, 503, 504, 408, 429):
+            answers = [Answer(status)]
+            fake.on("HEAD", lambda _, a=answers: a.pop() if a else None)
+            events = []
+            await repo(client, fake, on_event=events.append).resolve()
+            assert [type(event) for event in events] == [Retrying]
+        assert len(waits) == 6
+
+    async def test_what_stays_ends(self, client, fake, waits):
+        fake.on("HEAD", Answer(503))
+        with pytest.raises(RegistryUnreachable, match="503"):
+            await repo(client, fake).resolve()
+        assert len(fake.seen) == 4
+        assert len(waits) == 3
+        assert waits == sorted(waits)
+
+    async def test_retry_after_is_obeyed(self, client, fake, waits):
+        answers = [Answer(429, headers={"Retry-After": "7"})]
+        fake.on("HEAD", lambda _: answers.pop() if answers else None)
+        await repo(client, fake).resolve()
+        assert 7 <= waits[0] <= 8
+
+    async def test_too_long_a_retry_after_is_told(self, client, fake, waits):
+        fake.on("HEAD", Answer(429, headers={"Retry-After": "3600"}))
+        with pytest.raises(RateLimited) as caught:
+            await repo(client, fake).resolve()
+        assert caught.value.retry_after == 3600
+        assert "3600" in caught.value.hint
+        assert (len(fake.seen), waits) == (1, [])
+
+    async def test_a_connection_that_is_closed(self, client, fake, waits):
+        await repo(client, fake).resolve()  # by now the scheme is known
+        broken = [Answer(length=100_000, break_after=0), Answer(length=100_000, break_after=0)]
+        fake.on("GET", lambda _: broken.pop() if broken else None)
+        with pytest.raises(TransferError):
+            await repo(client, fake).fetch_document(blob(MADE.data), "manifests")
+
+    async def test_what_is_final_is_not_tried_again(self, client, fake, waits):
+        for status in (400, 404, 418):
+            fake.on("GET", Answer(status))
+            with pytest.raises(RegistryError):
+                await repo(client, fake).fetch_document(blob(MADE.data), "blobs")
+        assert (len(fake.seen), waits) == (3, [])
+
+
+class TestSchemes:
+    async def test_plain_http_on_loopback_is_found_out_once(self, client, fake):
+        repository = repo(client, fake)
+        await repository.resolve()
+        await read(repository, blob())
+        assert repository.requests == 2
+        assert len(fake.seen) == 2
+
+    @pytest.fixture
+    def authority(self):
+        return trustme.CA()
+
+    @pytest.fixture
+    def secure(self, authority):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        with FakeRegistry(tls=context) as registry:
+            registry.add("a/b", "1", MADE)
+            yield registry
+
+    async def test_an_unknown_authority_is_refused_even_on_loopback(self, client, secure):
+        with pytest.raises(RegistryUnreachable, match="not trusted") as caught:
+            await repo(client, secure).resolve()
+        assert "SSL_CERT_FILE" in caught.value.hint
+        assert secure.seen == []
+
+    async def test_insecure_means_any_certificate(self, secure):
+        async with RegistryClient(credentials=Store(), insecure=[secure.address]) as client:
+            assert (await repo(client, secure).resolve()).descriptor
+        async with RegistryClient(credentials=Store(), insecure=["127.0.0.1"]) as client:
+            assert (await repo(client, secure).resolve()).descriptor
+
+    def test_ssl_cert_file_is_trusted(self, secure, authority, tmp_path):
+        bundle = tmp_path / "ca.pem"
+        authority.cert_pem.write_to_path(str(bundle))
+        code = f"""
+import asyncio
+from serpentine.model.reference import Reference
+from serpentine.registry import CredentialStore, RegistryClient
+async def main():
+    async with RegistryClient(credentials=CredentialStore([], {{}})) as client:
+        ref = Reference.parse("{secure.address}/a/b:1")
+        print((await client.repository(ref).resolve()).descriptor.digest)
+asyncio.run(main())
+"""
+        environ = {**os.environ, "SSL_CERT_FILE": str(bundle)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=30
+        )
+        assert done.stdout.strip() == MADE.digest, done.stderr
+
+    async def test_tls_is_not_given_up_on_a_redirect(self, secure, fake):
+        secure.on("GET", Answer(307, headers={"Location": f"{fake.url}/x"}))
+        async with RegistryClient(credentials=Store()) as client:
+            client.transport._verified = client.transport._unverified
+            with pytest.raises(RegistryProtocolError, match="without TLS"):
+                await read(repo(client, secure), blob())
+        assert fake.seen == []
+
+    async def test_not_on_loopback_plain_http_is_an_error_that_names_the_flag(self, fake):
+        async with RegistryClient(credentials=Store()) as client:
+            client.transport._insecure = frozenset()
+            with pytest.raises(RegistryUnreachable) as caught:
+                async with client.transport.send("GET", f"https://{fake.address}/", {}):
+                    pass
+        assert "does not speak HTTPS" in str(caught.value)
+        assert f"--insecure-registry {fake.address}" in caught.value.hint
+
+
+class TestSurroundings:
+    async def test_netrc_is_not_used(self, client, fake, monkeypatch, tmp_path):
+        """Trap 41."""
+        (tmp_path / ".netrc").write_text("machine 127.0.0.1 login n password s3cr3t-netrc\n")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+        await repo(client, fake).resolve()
+        assert "authorization" not in fake.seen[0].headers
+
+    async def test_the_callers_proxy_is_used(self, client, fake, monkeypatch):
+        """A plain proxy sees the whole URL of the request."""
+        monkeypatch.setenv("http_proxy", f"http://pu:s3cr3t-proxy@{fake.address}")
+        async with client.transport.send("GET", "http://registry.invalid/v2/x", {}) as response:
+            assert response.status == 404
+        assert fake.seen[0].path == "http://registry.invalid/v2/x"
+        assert fake.seen[0].headers["proxy-authorization"].startswith("Basic")
+        monkeypatch.setenv("no_proxy", "registry.invalid")
+        with pytest.raises(RegistryUnreachable, match=r"cannot find the host registry\.invalid"):
+            async with client.transport.send("GET", "http://registry.invalid/v2/x", {}):
+                pass
+        assert len(fake.seen) == 1
+
+    async def test_a_proxy_that_is_down_is_named_without_its_password(self, client, monkeypatch):
+        monkeypatch.setenv("https_proxy", "http://pu:s3cr3t-proxy@127.0.0.1:9")
+        with pytest.raises(
+            RegistryUnreachable, match=r"through the proxy 127\.0\.0\.1:9"
+        ) as caught:
+            async with client.transport.send("GET", "https://registry.invalid/v2/", {}):
+                pass
+        assert "s3cr3t" not in f"{caught.value} {caught.value.hint}"
+
+    async def test_nothing_there(self, client):
+        with pytest.raises(
+            RegistryUnreachable, match=r"cannot connect to 127\.0\.0\.1:9"
+        ) as caught:
+            await client.repository(Reference.parse("127.0.0.1:9/a")).resolve()
+        assert "refused" in str(caught.value)
+
+    async def test_what_is_no_http(self, client, monkeypatch):
+        import socket
+        import threading
+
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def serve() -> None:
+                while True:
+                    try:
+                        connection, _ = server.accept()
+                    except OSError:
+                        return
+                    with connection:
+                        connection.recv(100)
+                        connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            port = server.getsockname()[1]
+            try:
+                with pytest.raises(RegistryError, match=f"127.0.0.1:{port}"):
+                    await client.repository(Reference.parse(f"127.0.0.1:{port}/a")).resolve()
+            finally:
+                server.shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+    async def test_counts_its_own_requests(self, client, fake):
+        one, two = repo(client, fake), repo(client, fake)
+        await one.resolve()
+        await two.resolve()
+        await two.fetch_document(blob(MADE.data), "manifests")
+        assert (one.requests, two.requests) == (1, 2)
+        assert json.loads(MADE.data)
