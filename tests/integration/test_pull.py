@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import subprocess
@@ -12,11 +13,13 @@ from datetime import timedelta
 import pytest
 
 import serpentine
-from serpentine.errors import PlatformNotFound
+from serpentine.errors import PlatformNotFound, UnsupportedImage
 from serpentine.events import LayerStatus, PullFinished, PullPlanned
 from serpentine.model.digest import DiffID, chain_ids
 from tests.support.contents import NOTHING
+from tests.support.fake_registry import FakeRegistry
 from tests.support.images import (
+    Image,
     Layer,
     attestation,
     busybox_layer,
@@ -243,6 +246,24 @@ async def test_an_empty_layer_and_one_of_no_bytes(engine, registry):
     made = image([layer([file("a", "1")]), empty, nothing])
     state = await engine.pull_image(push(registry, "pull/empty", "1", made))
     assert state.snapshot_key == top_of(made)
+
+
+async def test_digests_of_sha512(containerd, engine, registry, contents):
+    """Trap 14: newer containerds take them, older ones are named as the reason."""
+    one = layer([file("a", "sha512")])
+    digest = "sha512:" + hashlib.sha512(one.blob).hexdigest()
+    made = image([one])
+    value = json.loads(made.data)
+    value["layers"][0]["digest"] = digest
+    named = Image(json.dumps(value).encode(), made.media_type, {**made.blobs, digest: one.blob})
+    with FakeRegistry() as fake:
+        reference = fake.add("pull/sha512", "1", named)
+        if containerd.version.startswith("1."):
+            with pytest.raises(UnsupportedImage, match="knows sha256 only"):
+                await engine.pull_image(reference)
+            assert await contents() == NOTHING
+        else:
+            assert (await engine.pull_image(reference)).snapshot_key == top_of(made)
 
 
 async def test_an_image_without_layers(engine, registry, contents):

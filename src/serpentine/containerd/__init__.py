@@ -1,7 +1,7 @@
 """A typed, asynchronous client of containerd's gRPC API (v1; containerd 1.6 and newer)."""
 
 from serpentine.containerd.client import Containerd
-from serpentine.containerd.content import Content, ContentWriter
+from serpentine.containerd.content import PATIENCE, Content, ContentWriter
 from serpentine.containerd.diff import Diff
 from serpentine.containerd.endpoint import Endpoint
 from serpentine.containerd.images import Images
@@ -24,6 +24,7 @@ from serpentine.containerd.types import (
 )
 
 __all__ = [
+    "PATIENCE",
     "BlobInfo",
     "Containerd",
     "Content",

@@ -42,9 +42,10 @@ MAX_IN_FLIGHT = 4
 # How often to look whether an ingest that another client holds is gone, in seconds.
 POLL_FIRST = 0.002
 POLL_LONGEST = 0.1
-# How long an ingest may stand still before we try whether its holder has died.
-PATIENCE_FIRST = 1.0
-PATIENCE_LONGEST = 8.0
+# How long an ingest may stand still before we try whether its holder has gone: a stream that was
+# cancelled a moment ago is gone in milliseconds, one that lives may stand still for long.  By the
+# number of the try, in seconds.
+PATIENCE = (0.03, 2.0, 4.0, 8.0)
 CLEANUP_TIMEOUT = 10.0
 
 
@@ -220,7 +221,7 @@ class Content:
     ) -> AsyncIterator[ContentWriter | None]:
         """Open a writer once no other client holds the ref; None when the blob is there."""
         deadline = time.monotonic() + wait
-        patience = PATIENCE_FIRST
+        tries = 0
         while True:
             async with self._channel.duplex(
                 _SERVICE + "Write", pb.WriteContentResponse, lease=lease
@@ -236,8 +237,8 @@ class Content:
                 else:
                     yield writer
                     return
-            await self.wait_released(ref, patience=patience)
-            patience = min(patience * 2, PATIENCE_LONGEST)
+            await self.wait_released(ref, patience=PATIENCE[min(tries, len(PATIENCE) - 1)])
+            tries += 1
         yield None
 
 

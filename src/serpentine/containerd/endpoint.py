@@ -33,9 +33,7 @@ class Endpoint:
         """
         given = text.strip()
         if given.startswith("unix:"):
-            path = given.removeprefix("unix:")
-            path = path.removeprefix("//") if path.startswith("///") else path
-            return cls._socket(path, text)
+            return cls._socket(given.removeprefix("unix:").removeprefix("//"), text)
         if given.startswith("/"):
             return cls._socket(given, text)
         address = given.removeprefix("tcp://")

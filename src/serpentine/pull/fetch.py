@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 
-from serpentine.containerd import ContentWriter
+from serpentine.containerd import PATIENCE, ContentWriter
 from serpentine.errors import (
     AlreadyExists,
     DigestMismatch,
     FailedPrecondition,
     Locked,
     TransferError,
+    UnsupportedImage,
 )
 from serpentine.events import LayerStatus, Retrying
 from serpentine.model.documents import Descriptor
@@ -24,9 +25,7 @@ __all__ = ["fetch_blob", "source_labels"]
 MAX_TRIES_WITHOUT_PROGRESS = 4
 RETRY_DELAYS = (0.1, 0.5, 2.0, 5.0)
 
-# Another client writes the same blob: wait for it as long as it moves, and look this often
-# whether it has died.
-HOLDER_PATIENCE = 2.0
+# Another client writes the same blob: wait for it as long as it moves.
 HOLDER_STALLED_AFTER = 60.0
 
 # Events are for eyes and logs; one per chunk would cost more than it tells.
@@ -73,6 +72,13 @@ async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...]) -> bo
             # The bytes that somebody left may have been the wrong ones (trap 6): the writer
             # has thrown them away, so begin at the beginning, once.
             return await _fetch_once(job, blob, places)
+        if blob.digest.algorithm != "sha256" and "sha256:" in str(mismatch.__cause__):
+            raise UnsupportedImage(
+                f"{job.image}: layer {blob.digest.algorithm}:{blob.digest.short}… is named by"
+                f" {blob.digest.algorithm}, and this containerd knows sha256 only",
+                image=job.image,
+                hint="use containerd 2 or newer",
+            ) from mismatch.__cause__
         raise DigestMismatch(
             f"{job.image}: what {job.reference.registry} serves as layer {blob.digest} has"
             " another digest",
@@ -127,12 +133,15 @@ class _Waiting:
     def __init__(self) -> None:
         self._offset = -1
         self._moved = time.monotonic()
+        self._tries = 0
 
     async def pause(self, job: Job, blob: Descriptor, places: tuple[int, ...]) -> None:
         """Return when it is worth another try."""
         job.report(places, blob, LayerStatus.WAITING, max(self._offset, 0))
         content = job.containerd.content
-        status = await content.wait_released(f"layer-{blob.digest}", patience=HOLDER_PATIENCE)
+        patience = PATIENCE[min(self._tries, len(PATIENCE) - 1)]
+        self._tries += 1
+        status = await content.wait_released(f"layer-{blob.digest}", patience=patience)
         if status is None or status.offset != self._offset:
             self._offset, self._moved = status.offset if status else -1, time.monotonic()
         elif time.monotonic() - self._moved > HOLDER_STALLED_AFTER:
