@@ -10,6 +10,7 @@ import uuid
 from datetime import timedelta
 
 import pytest
+from blockbuster import blockbuster_ctx
 
 from serpentine.containerd import Containerd, Endpoint
 from tests.support.servers import ContainerdServer, Recording, RegistryServer, find_containerds
@@ -115,3 +116,13 @@ def _need(*programs: str) -> None:
     missing = [program for program in programs if shutil.which(program) is None]
     if missing:
         pytest.fail(f"{', '.join(missing)} not found: run 'make test' as root")
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks():
+    """A call that blocks the event loop fails the test, in the rooms that wait for others."""
+    rooms = ["serpentine.pull", "serpentine.registry", "serpentine.containerd"]
+    with blockbuster_ctx(scanned_modules=rooms) as watch:
+        # grpcio and asyncio take locks that nobody holds for long.
+        watch.functions["threading.Lock.acquire"].deactivate()
+        yield

@@ -96,7 +96,7 @@ class CredentialStore:
 
     async def _search(self, registry: str, repository: str) -> Credential | None:
         if self._files is None:
-            self._files = [f for f in (_read(p, required=r) for p, r in self._paths) if f]
+            self._files = await asyncio.to_thread(_read_all, self._paths)
         for file in self._files:
             credential = await self._in_file(file, registry, repository)
             if credential is not None:
@@ -195,6 +195,10 @@ def _normalized(key: str) -> str:
     """Return a key of a file without scheme, ``/v1/`` and ``/v2/``: old tools wrote URLs."""
     key = re.sub(r"^https?://", "", key).rstrip("/")
     return re.sub(r"/v[12]$", "", key)
+
+
+def _read_all(paths: list[tuple[Path, bool]]) -> list[_File]:
+    return [f for f in (_read(path, required=needed) for path, needed in paths) if f]
 
 
 def _read(path: Path, *, required: bool) -> _File | None:
