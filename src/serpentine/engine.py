@@ -71,7 +71,7 @@ class Engine:
         self._daemon: Daemon | None = None
         self._containerd: Containerd | None = None
         self._registry: RegistryClient | None = None
-        self._snapshotter = settings.snapshotter
+        self._snapshotter: str | None = None
         self._platform: Platform | None = None
         self._locks = KeyedLock()
 
@@ -198,25 +198,23 @@ class Engine:
 
     async def _snapshots(self) -> Snapshots:
         if self._snapshotter is None:
-            self._snapshotter = await self._default_snapshotter()
-        elif self._snapshotter == self.settings.snapshotter:
-            await self._check_snapshotter(self._snapshotter)
+            self._snapshotter = await self._find_snapshotter()
         return self.containerd.snapshots(self._snapshotter)
 
-    async def _default_snapshotter(self) -> str:
-        labels = await self.containerd.namespaces.labels()
-        if name := labels.get(_SNAPSHOTTER_LABEL):
-            return name
-        there = {plugin.id for plugin in await self.containerd.introspection.snapshotters()}
-        return "overlayfs" if "overlayfs" in there or not there else "native"
-
-    async def _check_snapshotter(self, name: str) -> None:
+    async def _find_snapshotter(self) -> str:
+        wanted = self.settings.snapshotter
+        if wanted is None:
+            labels = await self.containerd.namespaces.labels()
+            wanted = labels.get(_SNAPSHOTTER_LABEL)
         there = sorted(p.id for p in await self.containerd.introspection.snapshotters())
-        if name not in there:
+        if wanted is None:
+            return "overlayfs" if "overlayfs" in there else "native"
+        if wanted not in there:
             raise InvalidSetting(
-                f"this containerd has no snapshotter {name!r} that works",
+                f"this containerd has no snapshotter {wanted!r} that works",
                 hint=f"choose one of: {', '.join(there)}",
             )
+        return wanted
 
     def _registry_client(self) -> RegistryClient:
         if self._registry is None:

@@ -52,6 +52,8 @@ async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...]) -> bo
         async with job.containerd.content.writer(
             f"layer-{blob.digest}", total=blob.size, expected=blob.digest, lease=job.lease
         ) as writer:
+            # What an earlier attempt left; or all of it, when another namespace has the blob: then
+            # the commit alone makes it visible in ours (trap 9).
             before = writer.offset
             if before > blob.size:
                 await writer.reset()
@@ -64,7 +66,6 @@ async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...]) -> bo
                 raise _Mismatch(resumed=before > 0) from error
             return writer.offset > before
     except AlreadyExists:
-        # Also when another namespace has it: then it has become visible in ours (trap 9).
         job.report(places, blob, LayerStatus.DOWNLOADED, blob.size)
         return False
     except _Mismatch as mismatch:
