@@ -163,6 +163,8 @@ async def test_a_signal_to_the_command(containerd, namespace, fake, contents, nu
         *(sys.executable, "-m", "serpentine", "pull", "--progress", "plain", reference),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A test run in the background of a shell inherits SIGINT as ignored, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={
             **os.environ,
             "CONTAINERD_ADDRESS": containerd.address,
