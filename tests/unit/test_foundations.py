@@ -181,6 +181,11 @@ def modules():
             yield path, ast.parse(path.read_text())
 
 
+# Read once, on import: ast.parse of Python 3.11.2 (Debian's) can fail with a SystemError when
+# hypothesis and the collector run in the same process (cpython 106905).
+MODULES = list(modules())
+
+
 def room_of(path: Path) -> str:
     first = path.relative_to(SOURCE).parts[0].removesuffix(".py")
     return "" if first == "__init__" else first
@@ -200,7 +205,7 @@ def imported(tree: ast.AST):
                 yield node.module or ""
 
 
-@pytest.mark.parametrize(("path", "tree"), list(modules()), ids=lambda v: getattr(v, "stem", ""))
+@pytest.mark.parametrize(("path", "tree"), MODULES, ids=lambda v: getattr(v, "stem", ""))
 def test_imports_go_downwards_only(path, tree):
     room = room_of(path)
     for name in imported(tree):
@@ -213,7 +218,7 @@ def test_imports_go_downwards_only(path, tree):
 
 
 def test_tasks_live_in_task_groups():
-    for path, tree in modules():
+    for path, tree in MODULES:
         for node in ast.walk(tree):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
