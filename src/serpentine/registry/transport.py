@@ -29,7 +29,7 @@ __all__ = ["Interrupted", "PlainHTTPError", "Response", "Transport"]
 CONNECT_TIMEOUT = 30.0
 READ_TIMEOUT = 60.0
 # One socket read hands us up to this much: larger costs memory per connection, smaller time.
-READ_BUFFER = 512 * 1024
+READ_BUFFER = 256 * 1024
 # Presigned Location headers are long.
 MAX_HEADER = 64 * 1024
 
