@@ -23,6 +23,7 @@ class Seen:
     path: str
     headers: dict[str, str]
     body: bytes = b""
+    client: tuple[str, int] = ("", 0)
 
 
 @dataclass
@@ -118,7 +119,7 @@ class FakeRegistry:
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         headers = {k.lower(): v for k, v in handler.headers.items()}
-        seen = Seen(handler.command, handler.path, headers, body)
+        seen = Seen(handler.command, handler.path, headers, body, handler.client_address)
         self.seen.append(seen)
         answer = self._answer(seen)
         length = len(answer.body) if answer.length is None else answer.length

@@ -5,6 +5,7 @@ No redirects, no retries, no authentication: those are decisions, and made above
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import ssl
@@ -32,6 +33,8 @@ READ_TIMEOUT = 60.0
 READ_BUFFER = 256 * 1024
 # Presigned Location headers are long.
 MAX_HEADER = 64 * 1024
+# How much of a body that nobody wants is read for the sake of its connection.
+MAX_UNREAD = 16 * 1024
 
 
 class Interrupted(RegistryUnreachable):
@@ -182,11 +185,17 @@ class Transport:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise _translate(error, host, proxy=proxy) from error
         self.requests += 1
+        response = Response(raw.status, raw.headers, url, host, raw)
         try:
-            yield Response(raw.status, raw.headers, url, host, raw)
+            yield response
+            if raw.status >= 300:
+                # A 401 or a redirect has a short body that nobody reads; read to its end, the
+                # connection serves the next request, which saves a TLS greeting.
+                with contextlib.suppress(RegistryError):
+                    await response.read(MAX_UNREAD)
         finally:
-            # A body that was read to its end has given its connection back by now; what is
-            # left of any other is not worth waiting for.
+            # What was read to its end has given its connection back by now; what is left of
+            # any other is not worth waiting for.
             raw.close()
 
 

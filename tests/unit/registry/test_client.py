@@ -285,6 +285,13 @@ class TestRedirects:
         assert seen.headers["range"] == "bytes=1000-"
         assert fake.seen[-1].headers["authorization"].startswith("Basic")
 
+    async def test_a_challenge_costs_no_second_connection(self, client, fake):
+        challenge = Answer(401, b"log in" * 50, {"WWW-Authenticate": 'Basic realm="x"'})
+        fake.on(".", lambda s: None if "authorization" in s.headers else challenge)
+        await repo(client, fake).fetch_document(blob(MADE.data), "manifests")
+        assert [bool(s.headers.get("authorization")) for s in fake.seen] == [False, True]
+        assert len({s.client for s in fake.seen}) == 1
+
     async def test_on_the_same_host_with_authorization(self, client, fake):
         path = f"/elsewhere/blobs/{Digest.of(DATA)}"
         fake.on("GET /v2", Answer(302, headers={"Location": path}))
