@@ -43,6 +43,8 @@ or an empty string.  Neither ever holds a secret.
 
 from __future__ import annotations
 
+from typing import Self
+
 __all__ = [
     "AlreadyExists",
     "AuthenticationError",
@@ -136,6 +138,13 @@ class RegistryError(SerpentineError):
         self.host = host
         self.image = image
         self.status: int | None = None
+
+    def about(self, image: str) -> Self:
+        """Name the image that was wanted, if the error does not yet; return the error."""
+        if not self.image:
+            self.image = image
+            self.args = (f"{image}: {self}",)
+        return self
 
 
 class RegistryUnreachable(RegistryError):

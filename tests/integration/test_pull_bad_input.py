@@ -60,11 +60,14 @@ async def test_a_malformed_reference(refused):
 
 
 async def test_an_unknown_host(refused):
-    await refused("no-such-host.invalid/a:1", names=("no-such-host.invalid", "cannot find"))
+    await refused(
+        "no-such-host.invalid/a:1",
+        names=("no-such-host.invalid/a:1", "cannot find the host no-such-host.invalid"),
+    )
 
 
 async def test_nothing_listens(refused):
-    await refused("127.0.0.1:9/a:1", names=("127.0.0.1:9", "cannot connect"))
+    await refused("127.0.0.1:9/a:1", names=("127.0.0.1:9/a:1", "cannot connect to 127.0.0.1:9"))
 
 
 async def test_a_repository_or_tag_that_is_not_there(refused, registry):
@@ -147,7 +150,7 @@ async def test_a_blob_with_a_wrong_digest(refused, fake):
     reference = fake.add("bad/blob", "1", made)
     digest = next(iter(made.blobs))
     fake.blobs[digest] = bytes(len(made.blobs[digest]))
-    await refused(reference, names=(reference, fake.address, digest))
+    await refused(reference, names=(reference, f"{fake.address} serves", digest))
 
 
 async def test_a_blob_that_is_short(refused, fake):

@@ -209,7 +209,21 @@ class Repository:
     async def _request(
         self, method: str, path: str, headers: Mapping[str, str]
     ) -> AsyncIterator[Response]:
-        """Send until there is an answer that is no error; raise what it means otherwise."""
+        """Send until there is an answer that is no error; raise what it means otherwise.
+
+        Errors of the connection, its body's included, get the image's name here.
+        """
+        try:
+            async with self._retried(method, path, headers) as response:
+                yield response
+        except RegistryError as error:
+            error.about(str(self.reference))
+            raise
+
+    @asynccontextmanager
+    async def _retried(
+        self, method: str, path: str, headers: Mapping[str, str]
+    ) -> AsyncIterator[Response]:
         tries = 0
         while True:
             tries += 1
