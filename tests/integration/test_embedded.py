@@ -18,7 +18,7 @@ from serpentine.daemon.embedded import Embedded, Process, render_config
 from serpentine.errors import DaemonFailed
 from serpentine.events import ignore
 from tests.conftest import CONTAINERDS
-from tests.support.images import file, image, layer, push
+from tests.support.images import busybox_layer, file, image, layer, push
 
 pytestmark = pytest.mark.skipif(
     not CONTAINERDS, reason="no containerd: the other tests fail and say so"
@@ -224,6 +224,44 @@ def test_a_socket_that_we_may_not_open(embedded):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"permission denied: {embedded.socket}" in done.stderr
+
+
+def test_restart_logs_and_remove(embedded, registry):
+    reference = push(registry, "embedded/remove", "1", image([layer([file("a", "2")])]))
+    assert run("pull", "-q", reference).returncode == 0
+    (before,) = containerds(embedded)
+    restarted = run("daemon", "restart", "--json")
+    assert json.loads(restarted.stdout)["running"] is True
+    (after,) = containerds(embedded)
+    assert after != before
+    lines = run("daemon", "logs", "-n", "2").stdout.splitlines()
+    assert lines == embedded.log_tail(2)
+
+    assert json.loads(run("daemon", "remove", "--json").stdout) == {"removed": True}
+    assert containerds(embedded) == []
+    assert not (embedded.run_dir / "state").exists()
+    assert run("images", "-q").stdout.strip() == reference, "images stay"
+    assert run("daemon", "remove", "--volumes").returncode == 0
+    assert not embedded.root.exists()
+    assert not embedded.log.exists()
+    again = run("daemon", "remove", "--volumes")
+    assert (again.returncode, again.stderr.count("\n")) == (0, 1)
+
+
+def test_nothing_is_removed_while_a_container_runs(embedded, registry):
+    made = image([busybox_layer()], config={"Cmd": ["/bin/sleep", "1000"]})
+    reference = push(registry, "embedded/runs", "1", made)
+    assert run("pull", "-q", reference).returncode == 0
+    ctr = ["ctr", "-a", str(embedded.socket), "-n", "serpentine"]
+    subprocess.run([*ctr, "run", "-d", reference, "sleeper"], check=True, capture_output=True)
+    try:
+        refused = run("daemon", "remove", "--volumes")
+        assert refused.returncode == 1
+        assert "containers still run" in refused.stderr
+        assert run("inspect", reference).returncode == 0
+    finally:
+        for arguments in (["task", "rm", "-f", "sleeper"], ["container", "rm", "sleeper"]):
+            subprocess.run([*ctr, *arguments], check=True, capture_output=True)
 
 
 def test_the_configuration_survives_odd_paths():

@@ -17,7 +17,7 @@ from serpentine.settings import Settings
 
 @click.group(name="daemon")
 def command() -> None:
-    """Start, stop and look at our own containerd."""
+    """Start, stop, remove and look at our own containerd."""
 
 
 def _ours(ctx: click.Context) -> Settings:
@@ -58,6 +58,54 @@ def stop(ctx: click.Context, as_json: bool) -> None:
         print_json({"stopped": stopped})
     elif not stopped:
         click.echo("our own containerd is not running", err=True)
+
+
+@command.command()
+@json_option
+@click.pass_context
+def restart(ctx: click.Context, as_json: bool) -> None:
+    """Stop our own containerd and start it again."""
+    settings = _ours(ctx)
+
+    async def work() -> dict[str, Any]:
+        with progress("plain") as show:
+            await Embedded.from_settings(settings).stop()
+            await find(settings, on_event=show)
+            return await _status(settings)
+
+    _print(run(work), as_json=as_json)
+
+
+@command.command()
+@click.option("--volumes", is_flag=True, help="Remove all images and snapshots, too.")
+@json_option
+@click.pass_context
+def remove(ctx: click.Context, volumes: bool, as_json: bool) -> None:
+    """Stop our own containerd and remove its state; images stay unless --volumes is given."""
+    embedded = Embedded.from_settings(_ours(ctx))
+    removed = run(lambda: embedded.remove(data=volumes))
+    if as_json:
+        print_json({"removed": removed})
+    elif not removed:
+        click.echo("there is nothing of our own containerd to remove", err=True)
+
+
+@command.command()
+@click.option(
+    "--tail",
+    "-n",
+    "lines",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="How many lines, counted from the end.",
+)
+@click.pass_context
+def logs(ctx: click.Context, lines: int) -> None:
+    """Print the last lines that our own containerd wrote."""
+    embedded = Embedded.from_settings(_ours(ctx))
+    for line in embedded.log_tail(lines):
+        click.echo(line)
 
 
 @command.command()

@@ -19,7 +19,7 @@ COMMANDS = {
     "images": ("serpentine.cli.images", "List the images that are there."),
     "inspect": ("serpentine.cli.inspect", "Show the state of an image as JSON."),
     "rmi": ("serpentine.cli.rmi", "Remove images."),
-    "daemon": ("serpentine.cli.daemon", "Start, stop and look at our own containerd."),
+    "daemon": ("serpentine.cli.daemon", "Start, stop, remove and look at our own containerd."),
     "version": ("serpentine.cli.version", "Show the version."),
 }
 

@@ -38,6 +38,8 @@ STOP_TIMEOUT = 10.0
 LOCK_TIMEOUT = START_TIMEOUT + STOP_TIMEOUT
 MAX_LOG = 10 * 1024 * 1024
 LOG_TAIL = 5
+# A line of containerd's log is rarely longer; enough bytes for a tail of so many lines.
+LOG_LINE = 2048
 
 # Trap 59: what we never use only makes the start slower and the surface larger.  A containerd
 # that does not know a name ignores it, so one list serves every version.
@@ -174,24 +176,55 @@ class Embedded:
         if not self.run_dir.exists():
             return False
         async with self._locked():
-            process = self.process()
-            if process is not None:
-                await _end(process)
-            elif await self.running() is not None:
+            return await self._stop()
+
+    async def _stop(self) -> bool:
+        process = self.process()
+        if process is not None:
+            await _end(process)
+        elif await self.running() is not None:
+            raise DaemonFailed(
+                f"a containerd answers at {self.socket}, but it is not the one that we started",
+                address=str(self.socket),
+                hint="end it by hand",
+            )
+        for leftover in (self._pid_file, self.socket, Path(f"{self.socket}.ttrpc")):
+            leftover.unlink(missing_ok=True)
+        return process is not None
+
+    async def remove(self, *, data: bool) -> bool:
+        """Stop it and remove its socket and state, with ``data`` its content and log, too.
+
+        Tells whether there was anything.  Raises DaemonFailed, before anything is removed,
+        while something is mounted there: a container that still runs.
+        """
+        removed = [self.run_dir / name for name in ("state", "containerd.toml")]
+        if data:
+            removed += [self.root, self.log, self.log.with_suffix(".log.1")]
+        if not any(path.exists() for path in (*removed, self.socket)):
+            return False
+        async with self._locked():
+            mounts = Path("/proc/mounts").read_text()  # noqa: ASYNC240 - not a disk
+            busy = mounts_below(mounts, (self.run_dir, self.data_dir))
+            if busy:
                 raise DaemonFailed(
-                    f"a containerd answers at {self.socket}, but it is not the one that we started",
+                    f"containers still run on our own containerd ({busy[0]} is mounted)",
                     address=str(self.socket),
-                    hint="end it by hand",
+                    hint="end them first",
                 )
-            for leftover in (self._pid_file, self.socket, Path(f"{self.socket}.ttrpc")):
-                leftover.unlink(missing_ok=True)
-            return process is not None
+            await self._stop()
+            for path in removed:
+                if path.is_dir():
+                    await asyncio.to_thread(shutil.rmtree, path)
+                else:
+                    path.unlink(missing_ok=True)
+        return True
 
     def log_tail(self, lines: int = LOG_TAIL) -> list[str]:
         """Return the last lines of its log."""
         try:
             with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - 64 * 1024))
+                file.seek(max(0, self.log.stat().st_size - lines * LOG_LINE))
                 text = file.read().decode(errors="replace")
         except OSError:
             return []
@@ -212,25 +245,19 @@ class Embedded:
     @asynccontextmanager
     async def _locked(self) -> AsyncIterator[None]:
         """Let one process at a time start or stop the daemon; freed by the kernel on death."""
-        if sys.platform == "win32":
-            raise DaemonFailed("our own containerd needs Linux", hint="use --address")
-        import fcntl
-
         self._make_directories()
         with (self.run_dir / "lock").open("w") as file:
             deadline = time.monotonic() + LOCK_TIMEOUT
             while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _try_lock(file.fileno()):
                     break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise DaemonFailed(
-                            f"another process has been starting or stopping containerd for"
-                            f" {LOCK_TIMEOUT:.0f} seconds",
-                            hint=f"end that process; it holds {self.run_dir / 'lock'}",
-                        ) from None
-                    await asyncio.sleep(0.02)
+                if time.monotonic() > deadline:
+                    raise DaemonFailed(
+                        f"another process has been starting or stopping containerd for"
+                        f" {LOCK_TIMEOUT:.0f} seconds",
+                        hint=f"end that process; it holds {self.run_dir / 'lock'}",
+                    )
+                await asyncio.sleep(0.02)
             yield
 
     def _make_directories(self) -> None:
@@ -332,6 +359,25 @@ disabled_plugins = [
 [debug]
   level = "info"
 """
+
+
+def mounts_below(mounts: str, folders: tuple[Path, ...]) -> list[str]:
+    """Return the mount points of a ``/proc/mounts`` that lie inside some folders."""
+    prefixes = tuple(f"{folder}/" for folder in folders)
+    targets = [line.split()[1] for line in mounts.splitlines()]
+    return [target for target in targets if target.startswith(prefixes)]
+
+
+def _try_lock(file: int) -> bool:
+    """Take the lock of an open file, if nobody holds it; it goes with the file or its holder."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 async def _end(process: Process) -> None:
