@@ -160,11 +160,11 @@ async def test_a_signal_to_the_command(containerd, namespace, fake, contents, nu
     digest, data = max(fake.blobs.items(), key=lambda item: len(item[1]))
     fake.on(f"GET .*{digest}", Answer(body=data, gate=fake.gate()))
     process = await asyncio.create_subprocess_exec(
+        # A test run in the background of a shell inherits SIGINT as ignored, and so would this.
+        *("env", "--default-signal=INT"),
         *(sys.executable, "-m", "serpentine", "pull", "--progress", "plain", reference),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A test run in the background of a shell inherits SIGINT as ignored, and so would this.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={
             **os.environ,
             "CONTAINERD_ADDRESS": containerd.address,

@@ -72,7 +72,9 @@ class FakeRegistry:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         # Clients that break off are what many tests are about.
         self._server.handle_error = lambda *_: None
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), daemon=True
+        )
 
     @property
     def address(self) -> str:

@@ -196,6 +196,18 @@ class RegistryServer(Server):
         self.token = token
         self.tls = tls
 
+    def start(self):
+        # Between choosing a port and listening on it, somebody else may take it.
+        for _ in range(5):
+            try:
+                return super().start()
+            except ServerFailed:
+                if "address already in use" not in self.tail():
+                    raise
+                self.port = free_port()
+                self.log.unlink()
+        return super().start()
+
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
