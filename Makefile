@@ -27,6 +27,8 @@ check: $(VENV)/stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin
+	$(BIN)/mypy --platform win32
 
 unit: $(VENV)/stamp
 	$(BIN)/python -m pytest tests/unit $(ARGS)

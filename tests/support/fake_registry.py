@@ -5,8 +5,11 @@ It runs in a thread, so that tests of the library and of the command line can us
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +39,10 @@ class Answer:
     length: int | None = None
     # Close the connection after this many bytes of the body, as if the server had died.
     break_after: int | None = None
+    # Send these bytes in place of all of the above, and close: anything but HTTP, or nothing.
+    raw: bytes | None = None
+    # Cut the connection without any answer.
+    reset: bool = False
     # Set by the test; the body stops after its first half until it is set.
     gate: threading.Event | None = None
 
@@ -124,6 +131,18 @@ class FakeRegistry:
         seen = Seen(handler.command, handler.path, headers, body, handler.client_address)
         self.seen.append(seen)
         answer = self._answer(seen)
+        if answer.reset:
+            # Without lingering, close() sends RST and not FIN.
+            handler.connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+            os.close(handler.connection.detach())
+            handler.close_connection = True
+            return
+        if answer.raw is not None:
+            handler.wfile.write(answer.raw)
+            handler.close_connection = True
+            return
         length = len(answer.body) if answer.length is None else answer.length
         handler.send_response(answer.status)
         for name, value in answer.headers.items():

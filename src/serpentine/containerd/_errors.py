@@ -33,6 +33,9 @@ _BY_CODE: dict[grpc.StatusCode, type[ContainerdError]] = {
     grpc.StatusCode.OK: ContainerdError,
 }
 
+# Trap 7: the same code as a connection that is gone; or none, when containerd finds the lock only
+# at the first write, as for a blob that another namespace has ("truncate failed: ref … locked").
+_LOCKED_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN)
 _LOCKED = re.compile(r"\bref .* locked\b", re.DOTALL)
 _NO_SPACE = "no space left on device"
 
@@ -49,8 +52,8 @@ def translate(code: grpc.StatusCode, details: str | None) -> ContainerdError:
     """Return the error of our tree that says the same; a plain function, total over the codes."""
     details = details or code.name.lower().replace("_", " ")
     kind = _BY_CODE[code]
-    if code is grpc.StatusCode.UNAVAILABLE and _LOCKED.search(details):
-        kind = errors.Locked  # trap 7: the same code as a connection that is gone
+    if code in _LOCKED_CODES and _LOCKED.search(details):
+        kind = errors.Locked
     elif _NO_SPACE in details.lower():
         kind = errors.NoSpace  # trap 25: comes as UNKNOWN
     return kind(f"containerd: {details}", code=code.name, hint=_HINTS.get(kind, ""))

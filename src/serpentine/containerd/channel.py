@@ -6,8 +6,8 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from serpentine.containerd._errors import translate
 from serpentine.containerd.endpoint import Endpoint
-from serpentine.errors import DaemonPermission, DaemonUnreachable
+from serpentine.errors import DaemonPermission, DaemonUnreachable, Unavailable
 
 __all__ = ["UNARY_TIMEOUT", "Channel", "unreachable"]
 
@@ -28,9 +28,10 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
     # Python's own limit is 4 MiB; containerd sends lists that are longer (trap 12).
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_send_message_length", _MAX_MESSAGE),
-    # A local socket is there or not: no use in waiting a second before the next look.
+    # A local socket is there or not: no use in waiting a second before the next look.  Leave
+    # min_reconnect_backoff_ms alone: it is the time limit of each attempt to connect, and a
+    # small one cuts off a daemon that is busy or far away.
     ("grpc.initial_reconnect_backoff_ms", 20),
-    ("grpc.min_reconnect_backoff_ms", 20),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # HTTP_PROXY would capture even loopback (trap 57).
     ("grpc.enable_http_proxy", 0),
@@ -40,6 +41,13 @@ _OPTIONS: Sequence[tuple[str, Any]] = (
 )
 # The percent-encoded path that grpcio would send is refused by strict servers (trap 57).
 _UNIX_OPTIONS: Sequence[tuple[str, Any]] = (("grpc.default_authority", "localhost"),)
+# Apply and Write have no time limit: without a sign of life they would wait for ever for a
+# machine that is gone.  Go's gRPC ends a connection that asks more often than every 5 minutes.
+_TCP_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.keepalive_time_ms", 6 * 60 * 1000),
+    ("grpc.keepalive_timeout_ms", 20 * 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 
 _M = TypeVar("_M", bound=Message)
@@ -52,12 +60,18 @@ class Channel:
         self.endpoint = endpoint
         self.namespace = namespace
         self._channel: grpc.aio.Channel | None = None
+        self._closed = False
 
     def open(self) -> grpc.aio.Channel:
-        """Return the gRPC channel; it connects by itself when first used."""
+        """Return the gRPC channel; it connects by itself when first used.
+
+        Raises Unavailable once it was closed.
+        """
+        if self._closed:
+            raise self._closed_error()
         if self._channel is None:
             address = self.endpoint.address
-            options = [*_OPTIONS, *(_UNIX_OPTIONS if self.endpoint.socket_path else ())]
+            options = [*_OPTIONS, *(_UNIX_OPTIONS if self.endpoint.socket_path else _TCP_OPTIONS)]
             if self.endpoint.root_certificates is not None:
                 credentials = grpc.ssl_channel_credentials(self.endpoint.root_certificates)
                 self._channel = grpc.aio.secure_channel(address, credentials, options=options)
@@ -66,10 +80,28 @@ class Channel:
         return self._channel
 
     async def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
-        channel, self._channel = self._channel, None
+        """Close the connection for good; calls under way raise Unavailable."""
+        channel, self._channel, self._closed = self._channel, None, True
         if channel is not None:
             await channel.close()
+
+    def _closed_error(self) -> Unavailable:
+        return Unavailable(f"the connection to containerd at {self.endpoint} was closed")
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Tell the end of a call by ``close`` apart from a cancellation of the caller's task.
+
+        grpcio raises CancelledError for both.  A task group takes that of a task which nobody
+        cancelled for a quiet end, and the failure would be lost.
+        """
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and not (task and task.cancelling()):
+                raise self._closed_error() from None
+            raise
 
     def metadata(self, lease: str | None = None) -> tuple[tuple[str, str], ...]:
         """Return what goes with each call: the namespace always (trap 1), a lease if given."""
@@ -92,7 +124,8 @@ class Channel:
             response_deserializer=answer.FromString,
         )
         try:
-            response = await call(request, metadata=self.metadata(lease), timeout=timeout)
+            with self._calling():
+                response = await call(request, metadata=self.metadata(lease), timeout=timeout)
         except grpc.aio.AioRpcError as error:
             raise translate(error.code(), error.details()) from error
         assert isinstance(response, answer)
@@ -100,8 +133,8 @@ class Channel:
 
     async def stream(
         self, method: str, request: Message, answer: type[_M], *, timeout: float | None = None
-    ) -> AsyncIterator[_M]:
-        """Call a method with one request and many answers; leaving the loop ends the call."""
+    ) -> AsyncGenerator[_M, None]:
+        """Call a method with one request and many answers; ``aclose`` ends the call."""
         make = self.open().unary_stream(
             method,
             request_serializer=_serialize,
@@ -109,8 +142,9 @@ class Channel:
         )
         call = make(request, metadata=self.metadata(), timeout=timeout)
         try:
-            async for response in call:
-                yield response
+            with self._calling():
+                async for response in call:
+                    yield response
         except grpc.aio.AioRpcError as error:
             raise translate(error.code(), error.details()) from error
         finally:
@@ -128,17 +162,22 @@ class Channel:
         )
         call = make(metadata=self.metadata(lease))
         try:
-            yield call
+            with self._calling():
+                yield call
         finally:
             call.cancel()
 
     async def wait_connected(self, timeout: float) -> None:
-        """Wait until the connection stands; raises DaemonUnreachable after ``timeout`` seconds."""
+        """Wait until the connection stands, ``timeout`` seconds at most.
+
+        Raises DaemonUnreachable then, or DaemonPermission where that is the reason.
+        """
         try:
             async with asyncio.timeout(timeout):
                 await self.open().channel_ready()
         except TimeoutError:
-            raise unreachable(self.endpoint, "nothing answers there") from None
+            self.probe_socket()
+            raise unreachable(self.endpoint, "no containerd answers there") from None
 
     def probe_socket(self) -> None:
         """Find out, without waiting, why a unix socket does not open.
@@ -147,9 +186,10 @@ class Channel:
         the user must do.  Raises DaemonUnreachable or DaemonPermission; silent if it opens.
         """
         path = self.endpoint.socket_path
-        if path is None:
+        family = getattr(socket, "AF_UNIX", None)  # Python has none on Windows
+        if path is None or family is None:
             return
-        probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        probe = socket.socket(family, socket.SOCK_STREAM)
         try:
             probe.setblocking(False)
             probe.connect(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import time
 from types import TracebackType
 from typing import Self
 
@@ -18,22 +21,44 @@ from serpentine.containerd.leases import Leases
 from serpentine.containerd.namespaces import Namespaces
 from serpentine.containerd.snapshots import Snapshots
 from serpentine.containerd.types import VersionInfo
-from serpentine.errors import ContainerdError
+from serpentine.errors import (
+    ContainerdError,
+    DaemonError,
+    DaemonPermission,
+    DeadlineExceeded,
+    InvalidSetting,
+    PermissionDenied,
+    Unavailable,
+)
 
 __all__ = ["Containerd"]
 
 _VERSION = "/containerd.services.version.v1.Version/Version"
 CHECK_TIMEOUT = 10.0
 
+# How long to wait before asking a daemon again that is not ready, in seconds.
+READY_DELAY = 0.05
+
+# containerd's own rule for identifiers.
+_NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_NAMESPACE_LENGTH = 76
+
 
 class Containerd:
     """A containerd, seen from one namespace.
 
     Safe for concurrent tasks of one event loop; close it in the loop that used it.  It
-    connects when first used.
+    connects when first used.  Raises InvalidSetting for what containerd does not take as a
+    namespace.
     """
 
     def __init__(self, endpoint: Endpoint, *, namespace: str = "serpentine") -> None:
+        if not _NAMESPACE.fullmatch(namespace) or len(namespace) > _NAMESPACE_LENGTH:
+            raise InvalidSetting(
+                f"{namespace!r} is not a containerd namespace",
+                hint=f"use letters and digits, with single '.', '_' or '-' between them,"
+                f" {_NAMESPACE_LENGTH} characters at most",
+            )
         self.endpoint = endpoint
         self.namespace = namespace
         self._channel = Channel(endpoint, namespace)
@@ -56,7 +81,7 @@ class Containerd:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """Close the connection for good; calls under way raise Unavailable."""
         await self._channel.close()
 
     def snapshots(self, snapshotter: str) -> Snapshots:
@@ -73,21 +98,46 @@ class Containerd:
     async def check(self, *, timeout: float = CHECK_TIMEOUT) -> VersionInfo:
         """Make sure that a containerd answers, and return its version.
 
-        Raises DaemonPermission if this user may not open the socket, DaemonUnreachable if
-        there is none, or if what answers is no containerd.
+        Does not wait for one that is starting.  Raises DaemonPermission if this user may not
+        open the socket or is refused, DaemonUnreachable if nothing answers within ``timeout``
+        seconds, or if what answers is no containerd.
         """
         self._channel.probe_socket()
         try:
             return await self.version(timeout=timeout)
         except ContainerdError as error:
-            raise unreachable(
-                self.endpoint, f"what answers there is no containerd ({error.code.lower()})"
-            ) from error
+            raise self._unusable(error) from error
 
     async def wait_ready(self, timeout: float) -> VersionInfo:
-        """Wait until it answers, for ``timeout`` seconds; raises DaemonUnreachable."""
-        await self._channel.wait_connected(timeout)
-        return await self.check(timeout=timeout)
+        """Wait until a containerd answers, for ``timeout`` seconds at most.
+
+        Raises what ``check`` raises.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            await self._channel.wait_connected(max(deadline - time.monotonic(), 0.0))
+            try:
+                return await self.version(timeout=max(deadline - time.monotonic(), READY_DELAY))
+            except Unavailable as error:
+                # A proxy may listen before the daemon behind it does.
+                if time.monotonic() + READY_DELAY >= deadline:
+                    raise self._unusable(error) from error
+            except ContainerdError as error:
+                raise self._unusable(error) from error
+            await asyncio.sleep(READY_DELAY)
+
+    def _unusable(self, error: ContainerdError) -> DaemonError:
+        if isinstance(error, PermissionDenied):
+            return DaemonPermission(
+                f"containerd at {self.endpoint} refuses this caller",
+                address=str(self.endpoint),
+                hint=error.hint,
+            )
+        if isinstance(error, Unavailable | DeadlineExceeded):
+            return unreachable(self.endpoint, "no containerd answers there")
+        return unreachable(
+            self.endpoint, f"what answers there is no containerd ({error.code.lower()})"
+        )
 
     def __repr__(self) -> str:
         return f"<Containerd {self.endpoint} namespace={self.namespace}>"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Self
 
 import grpc
@@ -17,7 +17,8 @@ from serpentine.containerd._convert import label_mask, time_from
 from serpentine.containerd._errors import translate
 from serpentine.containerd._proto import content_pb2 as pb
 from serpentine.containerd.channel import Channel
-from serpentine.containerd.types import BlobInfo, IngestStatus
+from serpentine.containerd.leases import Leases
+from serpentine.containerd.types import BlobInfo, IngestStatus, Resource
 from serpentine.errors import (
     AlreadyExists,
     ContainerdError,
@@ -48,6 +49,8 @@ POLL_LONGEST = 0.1
 # number of the try, in seconds.
 PATIENCE = (0.03, 2.0, 4.0, 8.0)
 CLEANUP_TIMEOUT = 10.0
+# A small blob is written in milliseconds: who holds it for a minute is stuck.
+WRITE_BLOB_WAIT = 60.0
 
 
 class Content:
@@ -76,23 +79,29 @@ class Content:
         answers = self._channel.stream(_SERVICE + "List", request, pb.ListContentResponse)
         return [_blob_info(info) async for answer in answers for info in answer.info]
 
-    async def read(self, digest: Digest, offset: int = 0, size: int = 0) -> AsyncIterator[bytes]:
-        """Yield a blob's bytes from ``offset``, ``size`` of them or (0) all; raises NotFound."""
+    async def read(
+        self, digest: Digest, offset: int = 0, size: int = 0
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield a blob's bytes from ``offset``, ``size`` of them or (0) all; raises NotFound.
+
+        Who does not read to the end closes it (``contextlib.aclosing``): that ends the call.
+        """
         request = pb.ReadContentRequest(digest=str(digest), offset=offset, size=size)
-        async for answer in self._channel.stream(
-            _SERVICE + "Read", request, pb.ReadContentResponse
-        ):
-            yield answer.data
+        answers = self._channel.stream(_SERVICE + "Read", request, pb.ReadContentResponse)
+        async with aclosing(answers):
+            async for answer in answers:
+                yield answer.data
 
     async def read_all(self, digest: Digest, limit: int) -> bytes:
         """Return a small blob's bytes; raises NotFound, ResourceExhausted above ``limit`` bytes."""
         parts: list[bytes] = []
         size = 0
-        async for part in self.read(digest):
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise ResourceExhausted(f"the blob {digest} is larger than {limit} bytes")
+        async with aclosing(self.read(digest)) as content:
+            async for part in content:
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise ResourceExhausted(f"the blob {digest} is larger than {limit} bytes")
         return b"".join(parts)
 
     async def update_labels(self, digest: Digest, labels: Mapping[str, str | None]) -> BlobInfo:
@@ -100,6 +109,8 @@ class Content:
 
         Raises NotFound.
         """
+        if not labels:
+            return await self.info(digest)  # an empty mask would replace them all (trap 15)
         info = pb.Info(digest=str(digest), labels={k: v or "" for k, v in labels.items()})
         request = pb.UpdateRequest(info=info, update_mask=FieldMask(paths=label_mask(labels)))
         answer = await self._channel.unary(_SERVICE + "Update", request, pb.UpdateResponse)
@@ -164,17 +175,29 @@ class Content:
         labels: Mapping[str, str],
         lease: str | None = None,
     ) -> None:
-        """Write a small blob in one message, with labels; one that is there gets the labels.
+        """Write a small blob, with labels; one that is there gets the labels, too.
 
-        Waits while another client writes the same ref.
+        Waits while another client writes the same ref.  Raises Locked after a minute,
+        FailedPrecondition if the data has another digest.
         """
-        async with self._when_free(ref, expected, len(data), lease, wait=60.0) as writer:
-            if writer is not None:
-                if writer.offset:
-                    await writer.reset()
-                await writer.write(data)
-                await writer.commit(labels)
-                return
+        deadline = time.monotonic() + WRITE_BLOB_WAIT
+        while True:
+            left = max(deadline - time.monotonic(), 0.0)
+            try:
+                async with self._when_free(ref, expected, len(data), lease, wait=left) as writer:
+                    if writer is None:
+                        break
+                    if writer.offset:
+                        await writer.reset()
+                    await writer.write(data)
+                    await writer.commit(labels)
+                    return
+            except Locked:
+                # Not on opening only: of a blob that another namespace has, containerd makes
+                # the ingest, and finds it held, when the first byte comes.
+                if time.monotonic() >= deadline:
+                    raise
+            await self.wait_released(ref, patience=PATIENCE[0])
         await self.update_labels(expected, labels)
 
     @asynccontextmanager
@@ -190,7 +213,7 @@ class Content:
         async with self._channel.duplex(
             _SERVICE + "Write", pb.WriteContentResponse, lease=lease
         ) as call:
-            writer = ContentWriter(self, call, ref, total, expected)
+            writer = ContentWriter(self, call, ref, total, expected, lease)
             await writer._open()
             yield writer
 
@@ -207,14 +230,42 @@ class Content:
             try:
                 yield
             finally:
-                # While we hold it: afterwards it could be the next holder's ingest.
-                await shielded(self._abort_quietly(ref), timeout=CLEANUP_TIMEOUT)
+                # First abort, then end the stream.  Seen with containerd 1.6 and 2.3: an abort
+                # while we hold the ref removes the ingest at once, and still nobody else gets
+                # the ref before our stream ends; an abort after that would take away what the
+                # next holder has opened.  For the same reason, none if the stream broke.
+                if writer.is_open:
+                    await self._clean_up(self.abort(ref))
 
-    async def _abort_quietly(self, ref: str) -> None:
-        try:
+    async def _discard(
+        self, ref: str, *, total: int, expected: Digest, lease: str | None = None
+    ) -> None:
+        """Throw away what is in an ingest, unless another client holds it by now.
+
+        ``abort`` takes an ingest from whoever writes it; that one's commit fails then.
+        """
+        # Hold it, then abort.  Opened with the same total, containerd would hash what is there,
+        # and all its other work would wait (trap 13: 600 MiB took 1.7 s, and this 0.01 s).
+        async with self.writer(ref, total=total + 1, expected=expected, lease=lease):
             await self.abort(ref)
-        except ContainerdError:
-            return  # a lost ingest of no bytes: the lease, or a day, takes it away
+
+    async def _adopt(self, digest: Digest, labels: Mapping[str, str], lease: str | None) -> None:
+        """Let our lease hold a blob that another client has just committed; add our labels.
+
+        ALREADY_EXISTS on opening puts a blob into the lease (trap 8), on COMMIT it does not
+        (seen with containerd 1.6 and 2.3): the blob would go with the other client's lease.
+        Raises NotFound if it has gone by now.
+        """
+        if lease:
+            await Leases(self._channel).add_resource(lease, Resource(str(digest), "content"))
+        await self.update_labels(digest, labels)
+
+    async def _clean_up(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what leaves nothing behind, even while we are cancelled; its failure is silent."""
+        try:
+            await shielded(work, timeout=CLEANUP_TIMEOUT)
+        except (ContainerdError, TimeoutError):
+            return  # what stays goes with its lease, or after a day
 
     @asynccontextmanager
     async def _when_free(
@@ -227,18 +278,20 @@ class Content:
             async with self._channel.duplex(
                 _SERVICE + "Write", pb.WriteContentResponse, lease=lease
             ) as call:
-                writer = ContentWriter(self, call, ref, total, expected)
+                writer = ContentWriter(self, call, ref, total, expected, lease)
                 try:
                     await writer._open()
                 except AlreadyExists:
                     break
                 except Locked:
-                    if time.monotonic() >= deadline:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
                         raise
                 else:
                     yield writer
                     return
-            await self.wait_released(ref, patience=PATIENCE[min(tries, len(PATIENCE) - 1)])
+            patience = PATIENCE[min(tries, len(PATIENCE) - 1)]
+            await self.wait_released(ref, patience=min(patience, left))
             tries += 1
         yield None
 
@@ -257,9 +310,11 @@ class ContentWriter:
         ref: str,
         total: int,
         expected: Digest | None,
+        lease: str | None,
     ) -> None:
         self._content = content
         self._call = call
+        self._lease = lease
         self._in_flight = 0
         self._waiting: list[bytes] = []
         self._waiting_size = 0
@@ -267,6 +322,11 @@ class ContentWriter:
         self.total = total
         self.expected = expected
         self.offset = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the stream stands, and with it our hold of the ref."""
+        return not self._call.done()
 
     async def _open(self) -> Self:
         await self._send(pb.STAT, ref=self.ref)
@@ -306,25 +366,28 @@ class ContentWriter:
     async def commit(self, labels: Mapping[str, str] | None = None) -> None:
         """Make the blob visible; containerd checks size and digest first.
 
-        A blob that somebody else committed meanwhile is a success, too.  Raises
-        FailedPrecondition for a wrong digest or size; the ingest is thrown away then, or each
-        later attempt would find it complete and fail again (trap 6).
+        A blob that somebody else committed meanwhile is a success, too: it gets the labels and
+        is put into the lease.  Raises FailedPrecondition for a wrong digest or size; the ingest
+        is thrown away then, or each later attempt would find it complete and fail again
+        (trap 6).
         """
         try:
-            if self._waiting:
-                rest = b"".join(self._waiting)
-                self._waiting = []
-                await self._send_data(self.offset - len(rest), rest)
+            # The last bytes go along with it, which saves a small blob a round trip (trap 11).
+            rest, self._waiting, self._waiting_size = b"".join(self._waiting), [], 0
+            # The offset must be where they belong: 0 would truncate (trap 4).
+            await self._send(pb.COMMIT, offset=self.offset - len(rest), data=rest, labels=labels)
             await self._settle()
-            # The offset must be there: 0 would truncate (trap 4).
-            await self._send(pb.COMMIT, offset=self.offset, labels=labels)
-            await self._answer()
             await self._drain()
         except AlreadyExists:
-            if labels and self.expected is not None:
-                await self._content.update_labels(self.expected, labels)
+            if self.expected is not None:
+                await self._content._adopt(self.expected, labels or {}, self._lease)
         except FailedPrecondition:
-            await self._content.abort(self.ref)
+            if self.expected is not None:
+                await self._content._clean_up(
+                    self._content._discard(
+                        self.ref, total=self.total, expected=self.expected, lease=self._lease
+                    )
+                )
             raise
 
     async def _send(

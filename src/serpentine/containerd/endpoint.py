@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -12,18 +13,32 @@ __all__ = ["Endpoint"]
 # sun_path has 108 bytes with its final zero.
 MAX_SOCKET_PATH = 107
 
+# What gRPC takes: it raises an error of its own at the first call for anything else.
+_KEY = re.compile(r"[a-z0-9_.-]+")
+_VALUE = re.compile(r"[\x20-\x7e]+")
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """A unix socket (``unix:///path``) or ``host:port``.
 
     ``metadata`` goes with every call and may hold a token, ``root_certificates`` (PEM) makes
-    the connection a TLS one; neither appears in ``repr``.
+    the connection a TLS one; neither appears in ``repr``.  Raises InvalidSetting for metadata
+    that cannot be sent: a key needs lower case, a value printable ASCII.
     """
 
     address: str
     metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     root_certificates: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for key, value in self.metadata:
+            if not _KEY.fullmatch(key) or not _VALUE.fullmatch(value):
+                # Without the value, which may be a token.
+                raise InvalidSetting(
+                    f"the metadata {key!r} for {self} cannot be sent",
+                    hint="write its name in lower case, its value in printable ASCII",
+                )
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -9,9 +9,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from serpentine.containerd._convert import descriptor_from, descriptor_to, time_from
 from serpentine.containerd._proto import images_pb2 as pb
-from serpentine.containerd.channel import Channel
+from serpentine.containerd.channel import UNARY_TIMEOUT, Channel
 from serpentine.containerd.types import ImageRecord
-from serpentine.errors import AlreadyExists
+from serpentine.errors import AlreadyExists, InvalidArgument
 
 __all__ = ["Images"]
 
@@ -42,21 +42,30 @@ class Images:
         answer = await self._channel.unary(_SERVICE + "Create", request, pb.CreateImageResponse)
         return _record(answer.image)
 
+    async def update(self, record: ImageRecord, fields: Sequence[str]) -> ImageRecord:
+        """Set some fields of a record (``target``, ``labels``, ``labels.NAME``); raises NotFound.
+
+        There must be one: an empty mask would replace everything (trap 15).
+        """
+        if not fields:
+            raise InvalidArgument("an update of an image record needs the names of its fields")
+        request = pb.UpdateImageRequest(image=_image(record), update_mask=FieldMask(paths=fields))
+        answer = await self._channel.unary(_SERVICE + "Update", request, pb.UpdateImageResponse)
+        return _record(answer.image)
+
     async def put(self, record: ImageRecord) -> ImageRecord:
         """Make a record, or point the one of this name at the target; its labels stay."""
         try:
             return await self.create(record)
         except AlreadyExists:
-            request = pb.UpdateImageRequest(
-                image=_image(record), update_mask=FieldMask(paths=["target"])
-            )
-            answer = await self._channel.unary(_SERVICE + "Update", request, pb.UpdateImageResponse)
-            return _record(answer.image)
+            return await self.update(record, ["target"])
 
     async def delete(self, name: str, *, sync: bool = False) -> None:
         """Delete a record; raises NotFound.  With ``sync``, return after the collector ran."""
         request = pb.DeleteImageRequest(name=name, sync=sync)
-        await self._channel.unary(_SERVICE + "Delete", request, Empty)
+        # The collector may have gigabytes to remove.
+        timeout = None if sync else UNARY_TIMEOUT
+        await self._channel.unary(_SERVICE + "Delete", request, Empty, timeout=timeout)
 
 
 def _image(record: ImageRecord) -> pb.Image:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.empty_pb2 import Empty
+
 from serpentine.containerd._proto import introspection_pb2 as pb
 from serpentine.containerd.channel import Channel
 from serpentine.containerd.types import PluginInfo
@@ -27,6 +29,11 @@ class Introspection:
         request = pb.PluginsRequest(filters=filters)
         answer = await self._channel.unary(_SERVICE + "Plugins", request, pb.PluginsResponse)
         return [_plugin(plugin) for plugin in answer.plugins]
+
+    async def server_id(self) -> str:
+        """Return what containerd calls itself: an identifier that stays with its root directory."""
+        answer = await self._channel.unary(_SERVICE + "Server", Empty(), pb.ServerResponse)
+        return answer.uuid
 
     async def snapshotters(self) -> list[PluginInfo]:
         """Return the snapshotters that work."""

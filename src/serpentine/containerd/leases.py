@@ -9,7 +9,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from serpentine.containerd._convert import time_from
 from serpentine.containerd._proto import leases_pb2 as pb
-from serpentine.containerd.channel import Channel
+from serpentine.containerd.channel import UNARY_TIMEOUT, Channel
 from serpentine.containerd.types import Lease, Resource
 from serpentine.errors import NotFound
 
@@ -38,7 +38,9 @@ class Leases:
         """End a lease; it need not be there.  With ``sync``, return after the collector ran."""
         request = pb.DeleteRequest(id=lease_id, sync=sync)
         try:
-            await self._channel.unary(_SERVICE + "Delete", request, Empty)
+            # The collector may have gigabytes to remove.
+            timeout = None if sync else UNARY_TIMEOUT
+            await self._channel.unary(_SERVICE + "Delete", request, Empty, timeout=timeout)
         except NotFound:
             return
 
@@ -53,6 +55,12 @@ class Leases:
         held = pb.Resource(id=resource.id, type=resource.type)
         request = pb.AddResourceRequest(id=lease_id, resource=held)
         await self._channel.unary(_SERVICE + "AddResource", request, Empty)
+
+    async def delete_resource(self, lease_id: str, resource: Resource) -> None:
+        """Let go of an object; it need not be held.  Raises NotFound for the lease."""
+        held = pb.Resource(id=resource.id, type=resource.type)
+        request = pb.DeleteResourceRequest(id=lease_id, resource=held)
+        await self._channel.unary(_SERVICE + "DeleteResource", request, Empty)
 
     async def list_resources(self, lease_id: str) -> list[Resource]:
         """Return what a lease holds; raises NotFound."""

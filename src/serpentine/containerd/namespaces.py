@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from google.protobuf.empty_pb2 import Empty
 
 from serpentine.containerd._proto import namespaces_pb2 as pb
@@ -33,6 +35,12 @@ class Namespaces:
         request = pb.ListNamespacesRequest()
         answer = await self._channel.unary(_SERVICE + "List", request, pb.ListNamespacesResponse)
         return [namespace.name for namespace in answer.namespaces]
+
+    async def create(self, name: str, labels: Mapping[str, str] | None = None) -> None:
+        """Make a namespace, to give it labels from the start; raises AlreadyExists."""
+        namespace = pb.Namespace(name=name, labels=labels or {})
+        request = pb.CreateNamespaceRequest(namespace=namespace)
+        await self._channel.unary(_SERVICE + "Create", request, pb.CreateNamespaceResponse)
 
     async def delete(self, name: str) -> None:
         """Delete a namespace; raises NotFound, FailedPrecondition unless it is empty."""

@@ -45,9 +45,21 @@ class Snapshots:
         )
         return mounts_from(answer.mounts)
 
-    async def view(self, key: str, parent: str, *, lease: str | None = None) -> list[Mount]:
-        """Make a read-only snapshot of a committed one, and return its mounts."""
-        request = pb.ViewSnapshotRequest(snapshotter=self.name, key=key, parent=parent)
+    async def view(
+        self,
+        key: str,
+        parent: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        lease: str | None = None,
+    ) -> list[Mount]:
+        """Make a read-only snapshot of a committed one, and return its mounts.
+
+        Raises AlreadyExists when the key is taken, NotFound for the parent.
+        """
+        request = pb.ViewSnapshotRequest(
+            snapshotter=self.name, key=key, parent=parent, labels=labels or {}
+        )
         answer = await self._channel.unary(
             _SERVICE + "View", request, pb.ViewSnapshotResponse, lease=lease
         )
@@ -71,6 +83,8 @@ class Snapshots:
         """Turn an active snapshot into a committed one.
 
         Raises AlreadyExists when the name is taken; the active one stays then (trap 20).
+        ``parent`` gives one to a snapshot that was prepared without, from containerd 2.2 on;
+        older ones ignore it, and all do for a snapshot that has a parent (trap 21).
         """
         request = pb.CommitSnapshotRequest(
             snapshotter=self.name, name=name, key=key, labels=labels or {}, parent=parent
@@ -89,7 +103,12 @@ class Snapshots:
         return _info(answer.info)
 
     async def update_labels(self, key: str, labels: Mapping[str, str | None]) -> SnapshotInfo:
-        """Set labels, remove those whose value is None, leave the others alone."""
+        """Set labels, remove those whose value is None, leave the others alone.
+
+        Raises NotFound.
+        """
+        if not labels:
+            return await self.stat(key)  # an empty mask would replace them all (trap 15)
         info = pb.Info(name=key, labels={k: v or "" for k, v in labels.items()})
         request = pb.UpdateSnapshotRequest(
             snapshotter=self.name, info=info, update_mask=FieldMask(paths=label_mask(labels))

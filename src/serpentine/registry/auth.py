@@ -19,6 +19,7 @@ import msgspec
 from serpentine._concurrency import KeyedLock
 from serpentine.errors import AuthenticationError, RegistryProtocolError
 from serpentine.registry.credentials import Credential, CredentialStore
+from serpentine.registry.hosts import host_of
 
 __all__ = ["Authenticator", "Challenge", "TokenAnswer", "choose_challenge", "parse_challenges"]
 
@@ -86,14 +87,14 @@ def choose_challenge(challenges: Iterable[Challenge]) -> Challenge | None:
 class TokenAnswer(msgspec.Struct):
     """What a token endpoint answers; ``token`` and ``access_token`` mean the same."""
 
-    token: str = ""
-    access_token: str = ""
+    token: str | None = None
+    access_token: str | None = None
     expires_in: float | None = None
 
     @property
     def value(self) -> str:
         """The token."""
-        return self.token or self.access_token
+        return self.token or self.access_token or ""
 
 
 class Send(Protocol):
@@ -205,10 +206,18 @@ class Authenticator:
         plain: bool,
     ) -> _Cached:
         realm = challenge.parameters["realm"]
-        url = urlsplit(realm)
-        if url.scheme != "https" and not (url.scheme == "http" and plain):
+        server = host_of(realm)
+        scheme = urlsplit(realm).scheme if server else ""
+        if scheme not in ("http", "https"):
             raise RegistryProtocolError(
-                f"{image}: {host} sends us to a token server without TLS ({url.netloc[:80]})",
+                f"{image}: {host} names a token server that has no address",
+                host=host,
+                image=image,
+                hint="tell the registry's operators",
+            )
+        if scheme == "http" and not plain:
+            raise RegistryProtocolError(
+                f"{image}: {host} sends us to a token server without TLS ({server[:80]})",
                 host=host,
                 image=image,
                 hint=f"if you trust the way to it, use --insecure-registry {host}",

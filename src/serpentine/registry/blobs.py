@@ -11,7 +11,7 @@ from serpentine.registry.transport import Response
 
 __all__ = ["BlobStream"]
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-[0-9]{1,19}/([0-9]{1,19}|\*)")
 
 
 class BlobStream:
@@ -61,7 +61,7 @@ class BlobStream:
         found = _CONTENT_RANGE.fullmatch(self._response.headers.get("Content-Range", "").strip())
         if found is None or int(found[1]) != self.offset:
             raise self._bad_range("continues somewhere else than asked")
-        if found[3] != "*" and int(found[3]) > self._descriptor.size:
+        if found[2] != "*" and int(found[2]) > self._descriptor.size:
             raise self._too_long()
         return 0
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -32,7 +32,7 @@ from serpentine.model.reference import Reference
 from serpentine.registry.auth import Authenticator
 from serpentine.registry.blobs import BlobStream
 from serpentine.registry.credentials import CredentialStore
-from serpentine.registry.hosts import api_host
+from serpentine.registry.hosts import api_host, host_of
 from serpentine.registry.messages import error_of
 from serpentine.registry.retry import parse_retry_after, retry_delay
 from serpentine.registry.transport import Interrupted, Response, Transport
@@ -185,20 +185,25 @@ class Repository:
         to continue.
         """
         headers = {"Range": f"bytes={offset}-"} if offset else {}
+        opened = False
         try:
             async with self._request("GET", f"blobs/{descriptor.digest}", headers) as response:
+                opened = True
                 yield self._blob(response, descriptor, offset)
                 return
         except RegistryNotFound:
-            urls = [url for url in descriptor.urls or () if url.startswith("https://")]
-            if not urls:
+            urls = [
+                url for url in descriptor.urls or () if url.startswith("https://") and host_of(url)
+            ]
+            if opened or not urls:
                 raise
         # A foreign layer is not in the registry but where its descriptor says; whoever wrote
         # that gets none of our credentials (trap 43).  The digest is checked all the same.
-        async with self._follow("GET", urls[0], headers) as response:
-            if response.status not in (200, 206):
-                raise await self._error(response)
-            yield self._blob(response, descriptor, offset)
+        with self._named():
+            async with self._follow("GET", urls[0], headers) as response:
+                if response.status not in (200, 206) and not _is_empty_range(response, headers):
+                    raise await self._error(response)
+                yield self._blob(response, descriptor, offset)
 
     def _blob(self, response: Response, descriptor: Descriptor, offset: int) -> BlobStream:
         return BlobStream(response, descriptor, offset, image=str(self.reference))
@@ -209,13 +214,16 @@ class Repository:
     async def _request(
         self, method: str, path: str, headers: Mapping[str, str]
     ) -> AsyncIterator[Response]:
-        """Send until there is an answer that is no error; raise what it means otherwise.
-
-        Errors of the connection, its body's included, get the image's name here.
-        """
-        try:
+        """Send until there is an answer that is no error; raise what it means otherwise."""
+        with self._named():
             async with self._retried(method, path, headers) as response:
                 yield response
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Give errors of the connection, its body's included, the image's name."""
+        try:
+            yield
         except RegistryError as error:
             error.about(str(self.reference))
             raise
@@ -258,7 +266,7 @@ class Repository:
         repository = self.reference.repository
         header = self._authenticator.known_header(self.host, repository)
         # A header from the cache may be stale, so it may be renewed; a fresh one may not.
-        renewals = 2 if header else 1
+        renewed = False
         while True:
             sent = {**headers, "Authorization": header} if header else headers
             async with self._redirected(method, path, sent) as response:
@@ -266,14 +274,14 @@ class Repository:
                     yield response
                     return
                 values = response.header_values("WWW-Authenticate")
-            if renewals == 0:
+            if renewed:
                 raise await self._authenticator.rejection(
                     host=self.host,
                     registry=self.reference.registry,
                     repository=repository,
                     image=str(self.reference),
                 )
-            renewals -= 1
+            renewed = True
             header = await self._authenticator.answer(
                 self._send_for_token,
                 host=self.host,
@@ -324,16 +332,20 @@ class Repository:
         )
 
     def _target(self, response: Response) -> str:
-        target = urljoin(response.url, response.headers.get("Location", ""))
-        parts, before = urlsplit(target), urlsplit(response.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            target = urljoin(response.url, response.headers.get("Location", ""))
+        except ValueError:
+            target = ""
+        host = host_of(target)
+        scheme = urlsplit(target).scheme if host else ""
+        if scheme not in ("http", "https"):
             why = "to nowhere"
         elif (
-            parts.scheme == "http"
-            and before.scheme == "https"
-            and not self._transport.is_insecure(parts.netloc)
+            scheme == "http"
+            and response.url.startswith("https:")
+            and not self._transport.is_insecure(host)
         ):
-            why = f"to {parts.netloc} without TLS"
+            why = f"to {host} without TLS"
         else:
             return target
         raise RegistryProtocolError(

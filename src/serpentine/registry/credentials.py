@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 import os
 import re
@@ -135,9 +134,11 @@ class CredentialStore:
                 stderr=asyncio.subprocess.PIPE,
                 env=self._environ,
             )
-        except (FileNotFoundError, PermissionError):
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError | PermissionError)
             raise AuthenticationError(
-                f"{path} wants the credential helper {program}, which is not on the PATH",
+                f"{path} wants the credential helper {program}, which"
+                f" {'is not on the PATH' if missing else 'does not start'}",
                 hint="install it, or take it out of that file",
             ) from None
         try:
@@ -167,15 +168,19 @@ def _from_helper(program: str, key: str, status: int, out: bytes, err: bytes) ->
         )
     try:
         answer = json.loads(out)
-        user, secret = str(answer["Username"]), str(answer["Secret"])
-    except (ValueError, KeyError, TypeError):
+        user, secret = answer["Username"], answer["Secret"]
+        if not isinstance(user, str) or not isinstance(secret, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise AuthenticationError(
             f"the credential helper {program} gave no JSON with Username and Secret for {key}",
             hint=f"try it by hand: echo {key} | {program} get",
         ) from None
+    if not secret:
+        return None
     if user == _TOKEN_USER:
         return Credential(identity_token=secret, source=program)
-    return Credential(username=user, password=secret, source=program) if secret else None
+    return Credential(username=user, password=secret, source=program)
 
 
 def _helper_key(registry: str) -> str:
@@ -221,7 +226,7 @@ def _read(path: Path, *, required: bool) -> _File | None:
             f"the credentials file {path} is not valid JSON (line {error.lineno})",
             hint="mend it, or log in again",
         ) from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidSetting(
             f"cannot read the credentials file {path} ({type(error).__name__})", hint="mend it"
         ) from None
@@ -243,13 +248,14 @@ def _from_entry(entry: Mapping[str, Any], source: str) -> Credential | None:
     user, password = text("username"), text("password")
     if packed := text("auth"):
         try:
-            decoded = base64.b64decode(packed, validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
+            user, colon, password = base64.b64decode(packed, validate=True).decode().partition(":")
+        except ValueError:
+            colon = ""
+        if not colon:
             raise InvalidSetting(
                 f"{source} has an 'auth' that is not base64 of USER:PASSWORD",
                 hint="log in again",
-            ) from None
-        user, _, password = decoded.partition(":")
+            )
         password = password.rstrip("\x00")
     identity, token = text("identitytoken"), text("registrytoken")
     if not (user or identity or token):

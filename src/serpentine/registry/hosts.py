@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import urllib.request
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
+from serpentine.errors import InvalidSetting
 from serpentine.model.reference import DOCKER_HUB
 
-__all__ = ["api_host", "is_loopback", "matches", "proxy_for", "schemes_for", "split_host"]
+__all__ = [
+    "api_host",
+    "host_of",
+    "is_loopback",
+    "matches",
+    "proxy_for",
+    "schemes_for",
+    "split_host",
+]
 
 _HUB_API = "registry-1.docker.io"
 
@@ -22,6 +32,20 @@ def api_host(registry: str) -> str:
 def split_host(host: str) -> str:
     """Return the name or address of ``host[:port]``, without brackets."""
     return urlsplit(f"//{host}").hostname or host
+
+
+def host_of(url: str) -> str:
+    """Return ``host[:port]`` of a URL, without a user and a password; "" if it has none.
+
+    URLs come from strangers, in redirects and challenges: any text is taken.
+    """
+    try:
+        parts = urlsplit(url)
+        name, _ = parts.hostname, parts.port
+    except ValueError:
+        return ""
+    host = parts.netloc.rpartition("@")[2]
+    return host if name and re.fullmatch(r"[!-~]+", host) else ""
 
 
 def is_loopback(host: str) -> bool:
@@ -51,7 +75,10 @@ def schemes_for(host: str, insecure: Collection[str]) -> tuple[str, ...]:
 
 
 def proxy_for(url: str) -> str | None:
-    """Return the proxy that the environment names for a URL (``NO_PROXY`` counts)."""
+    """Return the proxy that the environment names for a URL (``NO_PROXY`` counts).
+
+    Raises InvalidSetting for what is no HTTP proxy.
+    """
     parts = urlsplit(url)
     proxies = urllib.request.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
@@ -60,4 +87,12 @@ def proxy_for(url: str) -> str | None:
     host = parts.netloc.rpartition("@")[2]
     if urllib.request.proxy_bypass_environment(host, proxies):  # type: ignore[attr-defined]
         return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not proxy.lower().startswith(("http://", "https://")) or not host_of(proxy):
+        # Not its text: it may hold a password.
+        name = parts.scheme if proxies.get(parts.scheme) else "all"
+        raise InvalidSetting(
+            f"{name.upper()}_PROXY is not the address of an HTTP proxy",
+            hint="write it as http://HOST:PORT",
+        )
+    return proxy

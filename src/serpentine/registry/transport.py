@@ -12,7 +12,6 @@ import ssl
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import aiohttp
 from yarl import URL
@@ -23,7 +22,7 @@ from serpentine.errors import (
     RegistryUnreachable,
     TransferError,
 )
-from serpentine.registry.hosts import is_loopback, matches, proxy_for, schemes_for
+from serpentine.registry.hosts import host_of, is_loopback, matches, proxy_for, schemes_for
 
 __all__ = ["Interrupted", "PlainHTTPError", "Response", "Transport"]
 
@@ -164,10 +163,10 @@ class Transport:
     ) -> AsyncIterator[Response]:
         """Send one request.
 
-        Raises Interrupted, PlainHTTPError, RegistryUnreachable, RegistryProtocolError.
+        Raises Interrupted, PlainHTTPError, RegistryUnreachable, RegistryProtocolError, and
+        InvalidSetting for a proxy that is none.
         """
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
+        host = host_of(url)
         proxy = None if is_loopback(host) else proxy_for(url)
         context = self._unverified if self.is_insecure(host) else self._verified
         try:
@@ -209,10 +208,12 @@ def _translate(error: Exception, host: str, *, proxy: str | None) -> RegistryErr
             hint="name its authority in SSL_CERT_FILE,"
             f" or use --insecure-registry {host} if you must",
         )
-    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
-        where = urlsplit(proxy or "")
+    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError) or (
+        # With a proxy, its own name is the only one that is looked up here.
+        proxy and isinstance(error, aiohttp.ClientConnectorDNSError)
+    ):
         return RegistryUnreachable(
-            f"cannot reach {host} through the proxy {where.hostname}:{where.port}",
+            f"cannot reach {host} through the proxy {host_of(proxy or '')}",
             host=host,
             hint="check HTTPS_PROXY, HTTP_PROXY and NO_PROXY",
         )
@@ -273,5 +274,11 @@ def _words(error: BaseException) -> str:
     number = error.errno if isinstance(error, OSError) else None
     if number in errno.errorcode and not isinstance(error, ssl.SSLError):
         return os.strerror(number or 0).lower()
-    text = str(error).split("[", 1)[0].strip(" ,:").lower()
-    return text or type(error).__name__
+    if isinstance(error, aiohttp.InvalidURL):
+        return "the address is not valid"  # its text is the URL
+    if isinstance(error, aiohttp.ClientResponseError):
+        # Its text holds the URL, and that a signature; its message quotes what came.
+        text = error.message.partition(":")[0]
+    else:
+        text = str(error).split("[", 1)[0].partition(": <")[0]
+    return text.strip(" ,:").lower() or type(error).__name__

@@ -61,6 +61,8 @@ def test_every_code_has_a_translation(code):
     ("code", "details", "kind"),
     [
         ("UNAVAILABLE", "ref layer-x locked for 3s (since …): unavailable", errors.Locked),
+        ("UNKNOWN", "truncate failed: ref n/1/r locked for 3s (since …)", errors.Locked),
+        ("INTERNAL", "ref n/1/r locked for 3s (since …)", ContainerdError),
         ("UNAVAILABLE", "connection refused", errors.Unavailable),
         ("UNAVAILABLE", "the door is locked", errors.Unavailable),
         ("UNKNOWN", "write /x: no space left on device", errors.NoSpace),

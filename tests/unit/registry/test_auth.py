@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import stat
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from serpentine.errors import AuthenticationError, InvalidSetting, RegistryProtocolError
 from serpentine.registry.auth import Authenticator, Challenge, choose_challenge, parse_challenges
-from serpentine.registry.credentials import Credential, CredentialStore
+from serpentine.registry.credentials import Credential, CredentialStore, _from_entry
 
 
 class TestChallenges:
@@ -182,11 +183,95 @@ class TestAuthenticator:
         assert await ask(Authenticator(secret), send, values=values, plain=True) == "Bearer t"
 
     @pytest.mark.parametrize(
-        "body", [b"", b"<html>", b"[]", {}, {"token": ""}, {"token": "a\nb"}, {"token": 3}]
+        "body",
+        [
+            b"",
+            b"<html>",
+            {"token": None},
+            b"[]",
+            {},
+            {"token": ""},
+            {"token": "a\nb"},
+            {"token": 3},
+        ],
     )
     async def test_what_is_no_token(self, body):
         with pytest.raises(RegistryProtocolError, match="no token"):
             await ask(Authenticator(Store()), Sender((200, body)))
+
+    async def test_members_that_are_null(self):
+        send = Sender((200, {"token": None, "access_token": "t", "expires_in": None}))
+        assert await ask(Authenticator(Store()), send) == "Bearer t"
+
+    @pytest.mark.parametrize("realm", ["", "https://[x", "https://", "ftp://u:s3cr3t@x", "/token"])
+    async def test_a_realm_that_is_no_address(self, realm):
+        send = Sender((200, {"token": "t"}))
+        with pytest.raises(RegistryProtocolError, match="no address") as caught:
+            await ask(Authenticator(Store()), send, values=[f'Bearer realm="{realm}"'], plain=True)
+        assert send.asked == []
+        assert "s3cr3t" not in str(caught.value)
+
+    async def test_a_realms_user_is_not_told(self):
+        with pytest.raises(RegistryProtocolError, match=r"without TLS \(auth\.x\)"):
+            await ask(
+                Authenticator(Store()),
+                Sender((200, {"token": "t"})),
+                values=['Bearer realm="http://u:s3cr3t@auth.x/token"'],
+            )
+
+    async def test_a_leader_that_gives_up_hands_over(self):
+        """Cancelling the one that fetches the token does not cost the others theirs."""
+        authenticator = Authenticator(Store())
+        first = asyncio.Event()
+
+        async def stuck(*_, **__):
+            first.set()
+            await asyncio.Event().wait()
+
+        send = Sender((200, {"token": "t"}))
+        async with asyncio.TaskGroup() as group:
+            leader = group.create_task(ask(authenticator, stuck))
+            await first.wait()
+            follower = group.create_task(ask(authenticator, send))
+            leader.cancel()
+        assert follower.result() == "Bearer t"
+        assert len(send.asked) == 1
+
+    async def test_a_failure_is_not_kept(self):
+        authenticator = Authenticator(Store())
+        send = Sender((401, b""), (200, {"token": "t"}))
+        with pytest.raises(AuthenticationError):
+            await ask(authenticator, send)
+        assert await ask(authenticator, send) == "Bearer t"
+
+    async def test_an_identity_token_is_exchanged_by_post(self):
+        send = Sender((200, {"access_token": "t"}))
+        store = Store(Credential(identity_token="it", source="f"))
+        assert await ask(Authenticator(store), send) == "Bearer t"
+        ((method, url, params, data, authorization),) = send.asked
+        assert (method, url, params, authorization) == ("POST", "https://auth.x/token", None, None)
+        assert data == {
+            "client_id": "serpentine",
+            "service": "s",
+            "scope": "repository:a/b:pull",
+            "grant_type": "refresh_token",
+            "refresh_token": "it",
+        }
+
+    @pytest.mark.parametrize("body", [{}, {"token": "t1"}])
+    async def test_no_secret_in_any_error(self, body):
+        """Whatever the token server answers, to whatever kind of credential."""
+        secret = "s3cr3t"
+        for credential in (
+            Credential("u", secret, source="f"),
+            Credential(identity_token=secret, source="f"),
+        ):
+            for status in (200, 400, 401, 403, 404, 405, 500):
+                authenticator = Authenticator(Store(credential))
+                try:
+                    await ask(authenticator, Sender((status, body)))
+                except (AuthenticationError, RegistryProtocolError) as error:
+                    assert secret not in f"{error} {error!r} {error.hint}"
 
     async def test_a_token_server_that_fails(self):
         with pytest.raises(RegistryProtocolError, match="503"):
@@ -236,6 +321,21 @@ class TestCredentials:
     @pytest.mark.parametrize("key", ["https://index.docker.io/v1/", "docker.io", "index.docker.io"])
     async def test_docker_hub_has_many_names(self, store, key):
         assert await store({"auths": {key: self.entry()}}).find("docker.io", "library/a")
+
+    async def test_namespaces_of_docker_hub(self, store):
+        made = store(auth={"auths": {
+            "https://index.docker.io/v1/": self.entry("hub"),
+            "docker.io/team": self.entry("team"),
+            "docker.io/team/a": self.entry("a"),
+        }})  # fmt: skip
+        for repository, user in (("team/a", "a"), ("team/b", "team"), ("library/a", "hub")):
+            assert (await made.find("docker.io", repository)).username == user
+
+    async def test_a_host_with_a_port(self, store):
+        made = store({"auths": {"https://r.x:5000/v1/": self.entry(), "[::1]:5000": self.entry()}})
+        assert await made.find("r.x:5000", "a")
+        assert await made.find("[::1]:5000", "a")
+        assert await made.find("r.x", "a") is None
 
     async def test_another_host_is_another_host(self, store):
         made = store({"auths": {"r.x": self.entry()}})
@@ -293,6 +393,47 @@ class TestCredentials:
         made = store({"credsStore": "fake"}, path="/usr/bin:/bin")
         assert (await made.find("docker.io", "a")).username == "get https://index.docker.io/v1/"
 
+    async def test_a_helper_of_the_host_before_all_else_and_the_store_last(self, store, tmp_path):
+        for name in ("host", "store"):
+            answer = json.dumps({"Username": name, "Secret": "s"})
+            self.helper(tmp_path, name, f"echo '{answer}'")
+        made = store({
+            "credHelpers": {"r.x": "host", "e.x": ""},
+            "credsStore": "store",
+            "auths": {"r.x": self.entry("file"), "s.x": self.entry("file"), "e.x": {}},
+        }, path="/usr/bin:/bin")  # fmt: skip
+        users = [(await made.find(n, "a")).username for n in ("r.x", "s.x", "t.x", "e.x")]
+        assert users == ["host", "file", "store", "store"]
+
+    async def test_a_helper_is_asked_once(self, store, tmp_path):
+        answer = '{"Username":"u","Secret":"s"}'
+        self.helper(tmp_path, "fake", f"echo asked >> {tmp_path}/log; echo '{answer}'")
+        made = store({"credsStore": "fake"}, path="/usr/bin:/bin")
+        for _ in range(3):
+            await made.find("r.x", "a")
+        assert (tmp_path / "log").read_text() == "asked\n"
+
+    async def test_a_helper_that_does_not_answer(self, store, tmp_path, monkeypatch):
+        monkeypatch.setattr("serpentine.registry.credentials.HELPER_TIMEOUT", 0.05)
+        self.helper(tmp_path, "fake", f"echo $$ > {tmp_path}/pid; exec sleep 1000")
+        made = store({"credsStore": "fake"}, path="/usr/bin:/bin")
+        with pytest.raises(AuthenticationError, match="did not answer"):
+            await made.find("r.x", "a")
+        pid = tmp_path / "pid"
+        assert not pid.exists() or not Path(f"/proc/{pid.read_text().strip()}").exists()
+
+    async def test_a_helper_that_is_no_program(self, store, tmp_path):
+        path = tmp_path / "docker-credential-fake"
+        path.write_bytes(b"\x7fELF, but not really")
+        path.chmod(0o755)
+        with pytest.raises(AuthenticationError, match="docker-credential-fake, which does not"):
+            await store({"credsStore": "fake"}).find("r.x", "a")
+
+    async def test_a_helper_with_an_empty_secret(self, store, tmp_path):
+        self.helper(tmp_path, "fake", 'echo \'{"Username":"<token>","Secret":""}\'')
+        made = store({"credsStore": "fake"}, path="/usr/bin:/bin")
+        assert await made.find("r.x", "a") is None
+
     async def test_a_helper_with_an_identity_token(self, store, tmp_path):
         self.helper(tmp_path, "fake", 'echo \'{"Username":"<token>","Secret":"it"}\'')
         found = await store({"credsStore": "fake"}, path="/usr/bin:/bin").find("r.x", "a")
@@ -304,7 +445,15 @@ class TestCredentials:
         assert await made.find("r.x", "a") is None
 
     @pytest.mark.parametrize(
-        "script", ["echo s3cr3t >&2; exit 3", "echo s3cr3t", "echo '[\"s3cr3t\"]'", "true"]
+        "script",
+        [
+            "echo s3cr3t >&2; exit 3",
+            "echo s3cr3t",
+            "echo '[\"s3cr3t\"]'",
+            "true",
+            'echo \'{"Username":null,"Secret":"s3cr3t"}\'',
+            'echo \'{"Username":"u","Secret":3}\'',
+        ],
     )
     async def test_a_helper_that_fails(self, store, tmp_path, script):
         self.helper(tmp_path, "fake", script)
@@ -319,7 +468,19 @@ class TestCredentials:
         with pytest.raises(InvalidSetting, match="cannot be one"):
             await store({"credsStore": "../../evil"}).find("r.x", "a")
 
-    @pytest.mark.parametrize("text", ['{"auths": s3cr3t', '{"auths":{"r.x":{"auth":"s3cr3t"}}}'])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '{"auths": s3cr3t',
+            '{"auths":{"r.x":{"auth":"s3cr3t"}}}',
+            '{"auths":{"r.x":{"auth":"s3cr3t\u00e9"}}}',
+            '{"auths":{"r.x":{"auth":"czNjcjN0"}}}',  # s3cr3t: no colon, so no user either
+            '{"auths":{"r.x":{"auth":"/////w=="}}}',
+            '{"s3cr3t": ' + "1" * 5000 + "}",
+            '{"s3cr3t":' * 100_000,
+        ],
+        ids=["json", "base64", "ascii", "colon", "utf-8", "number", "depth"],
+    )
     async def test_a_broken_file_is_named_and_not_quoted(self, store, tmp_path, text):
         with pytest.raises(InvalidSetting) as caught:
             await store(text).find("r.x", "a")
@@ -334,6 +495,27 @@ class TestCredentials:
         environ = {"HOME": "/x", "REGISTRY_AUTH_FILE": str(tmp_path / "none")}
         with pytest.raises(InvalidSetting, match="does not exist"):
             await CredentialStore.from_environment(environ).find("r.x", "a")
+
+    async def test_a_file_that_is_none(self, store, tmp_path):
+        made = store({})
+        (tmp_path / ".docker/config.json").unlink()
+        (tmp_path / ".docker/config.json").mkdir()
+        with pytest.raises(InvalidSetting, match=r"\.docker/config\.json"):
+            await made.find("r.x", "a")
+
+    @given(
+        st.dictionaries(
+            st.sampled_from(["auth", "username", "password", "identitytoken", "registrytoken"]),
+            st.none() | st.integers() | st.text() | st.lists(st.text()),
+        )
+    )
+    def test_any_entry_is_read_or_refused(self, entry):
+        try:
+            credential = _from_entry(entry, "f")
+        except InvalidSetting:
+            assert entry["auth"]
+        else:
+            assert credential is None or isinstance(credential, Credential)
 
     def test_no_secret_in_repr(self):
         text = repr(Credential("u", "s3cr3t", "s3cr3t", "s3cr3t", "f"))

@@ -16,6 +16,7 @@ from serpentine.errors import (
     AuthenticationError,
     DigestMismatch,
     DocumentTooLarge,
+    InvalidSetting,
     RateLimited,
     RegistryError,
     RegistryNotFound,
@@ -30,6 +31,7 @@ from serpentine.model.documents import Descriptor
 from serpentine.model.reference import Reference
 from serpentine.registry import Credential, CredentialStore, RegistryClient
 from serpentine.registry import client as client_module
+from tests.support.fake_proxy import TunnelProxy
 from tests.support.fake_registry import Answer, FakeRegistry
 from tests.support.images import OCI_MANIFEST, file, image, layer, noise
 
@@ -101,6 +103,11 @@ async def read(repository, descriptor, offset=0) -> bytes:
     return b"".join(parts)
 
 
+def told(error) -> str:
+    """Return all that an error shows to anybody."""
+    return f"{error} {error!r} {error.hint} {getattr(error, 'host', '')}"
+
+
 class TestResolve:
     async def test_one_head(self, client, fake):
         resolved = await repo(client, fake).resolve()
@@ -111,6 +118,8 @@ class TestResolve:
         accepted = fake.seen[0].headers["accept"]
         for kind in ("manifest.v1+json", "index.v1+json", "manifest.v2+json", "list.v2+json"):
             assert kind in accepted
+        # Schema 1 is taken, last of all, so that it can be told apart (and refused) here.
+        assert "application/vnd.docker.distribution.manifest.v1+prettyjws;q=0.1" in accepted
 
     @pytest.mark.parametrize("status", [400, 403, 405, 501])
     async def test_head_refused(self, client, fake, status):
@@ -155,6 +164,22 @@ class TestResolve:
         fake.on("GET", Answer(body=MADE.data))
         with pytest.raises(DigestMismatch):
             await repo(client, fake, reference).resolve()
+
+    @pytest.mark.parametrize(
+        ("code", "says"),
+        [("NAME_UNKNOWN", "no repository a/b"), ("MANIFEST_UNKNOWN", "no tag 1 in a/b")],
+    )
+    async def test_what_is_not_there(self, client, fake, code, says):
+        fake.on("HEAD", Answer(405))
+        fake.on("GET", Answer(404, json.dumps({"errors": [{"code": code}]}).encode()))
+        with pytest.raises(RegistryNotFound, match=says):
+            await repo(client, fake).resolve()
+
+    async def test_a_body_over_the_cap_where_head_tells_nothing(self, client, fake):
+        fake.on("HEAD", Answer(405))
+        fake.on("GET", Answer(body=bytes(5_000_000), length=-1))
+        with pytest.raises(DocumentTooLarge):
+            await repo(client, fake).resolve()
 
     async def test_a_document_over_the_cap(self, client, fake):
         headers = {"Docker-Content-Digest": MADE.digest}
@@ -262,6 +287,62 @@ class TestBlobs:
         with pytest.raises(RegistryUnreachable):
             await read(repo(client, fake), blob(urls=["https://127.0.0.1:9/x"]))
 
+    @pytest.fixture
+    def elsewhere(self, client):
+        """A host with foreign layers, whose certificate the client trusts."""
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        authority.configure_trust(client.transport._verified)
+        with FakeRegistry(tls=context) as host:
+            yield host
+
+    async def test_a_foreign_layer_comes_without_our_credentials(self, client, fake, elsewhere):
+        challenge = Answer(401, headers={"WWW-Authenticate": 'Basic realm="x"'})
+        fake.on(".", lambda s: None if "authorization" in s.headers else challenge)
+        fake.blobs.clear()
+        digest = str(Digest.of(DATA))
+        elsewhere.blobs[digest] = DATA
+        foreign = blob(urls=[f"{elsewhere.url}/x/blobs/{digest}"])
+        assert await read(repo(client, fake), foreign) == DATA
+        assert await read(repo(client, fake), foreign, 1000) == DATA[1000:]
+        assert await read(repo(client, fake), foreign, len(DATA)) == b""
+        assert "authorization" in fake.seen[-1].headers
+        assert not any("authorization" in seen.headers for seen in elsewhere.seen)
+
+    @pytest.mark.parametrize(
+        "url", ["https://127.0.0.1:9/x?s3cr3t", "https://[/s3cr3t", "https://"]
+    )
+    async def test_a_foreign_layer_that_cannot_be_had_names_the_image(self, client, fake, url):
+        fake.blobs.clear()
+        with pytest.raises(RegistryError, match=rf"{fake.address}/a/b:1: ") as caught:
+            await read(repo(client, fake), blob(urls=[url]))
+        assert "s3cr3t" not in told(caught.value)
+
+    async def test_an_error_of_the_reader_is_not_the_registrys(self, client, fake):
+        """Least of all one that would have us look elsewhere."""
+        mine = RegistryNotFound("mine", image="x")
+        with pytest.raises(RegistryNotFound) as caught:
+            async with repo(client, fake).open_blob(blob(urls=["https://127.0.0.1:9/x"])):
+                raise mine
+        assert caught.value is mine
+
+    async def test_a_range_with_numbers_beyond_reason(self, client, fake):
+        fake.on("GET", Answer(206, DATA, {"Content-Range": f"bytes {'9' * 5000}-1/2"}))
+        with pytest.raises(RegistryProtocolError, match="continues somewhere else"):
+            await read(repo(client, fake), blob(), 1000)
+
+    async def test_a_chunk_that_is_cut(self, client, fake):
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        fake.on("GET", Answer(raw=head + b"5\r\nab"))
+        with pytest.raises(TransferError, match="not completed$"):
+            await read(repo(client, fake), blob())
+
+    async def test_a_range_past_the_descriptors_end(self, client, fake):
+        fake.on("GET", Answer(206, DATA[1000:], {"Content-Range": "bytes 1000-700000/700001"}))
+        with pytest.raises(SizeMismatch):
+            await read(repo(client, fake), blob(), 1000)
+
 
 class TestRedirects:
     async def test_to_another_host_without_authorization_with_range(self, client, fake, other):
@@ -315,11 +396,63 @@ class TestRedirects:
             await read(repo(client, fake), blob())
         assert len(fake.seen) < 15
 
-    @pytest.mark.parametrize("location", ["", "ftp://x/y", "http://", "javascript:x"])
+    @pytest.mark.parametrize(
+        "location",
+        [
+            "ftp://x/y",
+            "http://",
+            "javascript:x",
+            "https://[x/?sig=s3cr3t",
+            "http://u:s3cr3t@127.0.0.1:99999/?sig=s3cr3t",
+            "http://127.0.0.1:abc/?sig=s3cr3t",
+            "http://a b/?sig=s3cr3t",
+            "http://\u00e9..x/?sig=s3cr3t",
+        ],
+    )
     async def test_to_nowhere(self, client, fake, location):
-        fake.on("GET", Answer(302, headers={"Location": location} if location else {}))
+        fake.on("GET", Answer(302, headers={"Location": location}))
+        with pytest.raises(RegistryProtocolError, match="redirects to nowhere") as caught:
+            await read(repo(client, fake), blob())
+        assert "s3cr3t" not in told(caught.value)
+
+    async def test_without_a_location(self, client, fake):
+        fake.on("GET", Answer(302))
         with pytest.raises(RegistryProtocolError):
             await read(repo(client, fake), blob())
+
+    @pytest.mark.parametrize(
+        "raw",
+        [
+            b"SSH-2.0-OpenSSH_9.2\r\n",
+            b"HTTP/1.1 200 OK\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nContent-Length: abc\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        ],
+        ids=["ssh", "long header", "no number", "big number"],
+    )
+    async def test_a_signature_is_in_no_error(self, client, fake, other, raw):
+        """aiohttp's own texts hold the whole URL."""
+        fake.on("GET", Answer(307, headers={"Location": f"{other.url}/x?sig=s3cr3t"}))
+        other.on(".", Answer(raw=raw))
+        with pytest.raises(RegistryProtocolError, match="no valid HTTP: ") as caught:
+            await read(repo(client, fake), blob())
+        assert other.seen[0].path == "/x?sig=s3cr3t"
+        assert "s3cr3t" not in told(caught.value)
+        assert len(str(caught.value)) < 200
+
+    async def test_there_and_back_does_not_bring_authorization_back_by_itself(
+        self, client, fake, other
+    ):
+        """What another host made of our request is not signed by us."""
+        challenge = Answer(401, headers={"WWW-Authenticate": 'Basic realm="x"'})
+        fake.on("GET /v2", lambda s: None if "authorization" in s.headers else challenge)
+        await repo(client, fake).fetch_document(blob(MADE.data), "manifests")
+        fake.on("GET .*blobs", Answer(307, headers={"Location": f"{other.url}/there"}))
+        other.on("GET /there", Answer(307, headers={"Location": f"{fake.url}/back"}))
+        with pytest.raises(RegistryNotFound):
+            await read(repo(client, fake), blob())
+        (back,) = fake.requests("/back")
+        assert "authorization" not in back.headers
 
 
 class TestRetries:
@@ -361,12 +494,120 @@ class TestRetries:
         with pytest.raises(TransferError):
             await repo(client, fake).fetch_document(blob(MADE.data), "manifests")
 
+    @pytest.mark.parametrize(
+        "broken", [Answer(raw=b""), Answer(reset=True)], ids=["closed", "reset"]
+    )
+    async def test_a_connection_that_breaks_before_the_answer(self, client, fake, waits, broken):
+        repository = repo(client, fake)
+        await repository.resolve()  # by now the scheme is known
+        answers = [broken] * 2  # aiohttp itself tries once more on a connection that it kept
+        fake.on("GET", lambda _: answers.pop() if answers else None)
+        assert await repository.fetch_document(blob(MADE.data), "manifests") == MADE.data
+        assert len(waits) == 1
+        fake.on("GET", broken)
+        with pytest.raises(RegistryUnreachable, match=fake.address):
+            await repository.fetch_document(blob(MADE.data), "manifests")
+        assert len(waits) == 1 + 3
+
+    async def test_a_rate_limit_that_stays_and_tells_no_time(self, client, fake, waits):
+        fake.on("HEAD", Answer(429))
+        with pytest.raises(RateLimited) as caught:
+            await repo(client, fake).resolve()
+        assert caught.value.retry_after is None
+        assert "log in" in caught.value.hint
+        assert (len(fake.seen), len(waits)) == (4, 3)
+
     async def test_what_is_final_is_not_tried_again(self, client, fake, waits):
         for status in (400, 404, 418):
             fake.on("GET", Answer(status))
             with pytest.raises(RegistryError):
                 await repo(client, fake).fetch_document(blob(MADE.data), "blobs")
         assert (len(fake.seen), waits) == (3, [])
+
+
+class TestLogin:
+    """The registry is its own token server here."""
+
+    @pytest.fixture
+    def bearer(self, fake):
+        """Only the token in ``current`` is let in; a token request gives the next one."""
+        state = {"current": "t1", "issued": []}
+
+        def guard(seen):
+            if seen.headers.get("authorization") == f"Bearer {state['current']}":
+                return None
+            realm = f'Bearer realm="{fake.url}/token",service="s"'
+            return Answer(401, b"{}", {"WWW-Authenticate": realm})
+
+        def issue(seen):
+            state["issued"].append(seen)
+            return Answer(body=json.dumps({"token": f"t{len(state['issued'])}"}).encode())
+
+        fake.on(" /v2/", guard)
+        fake.on("GET /token", issue)
+        return state
+
+    async def test_a_token_that_went_stale_is_renewed_once(self, client, fake, bearer):
+        repository = repo(client, fake)
+        await repository.resolve()
+        bearer["current"] = "t2"
+        await repository.resolve()
+        assert [s.path.partition("?")[0] for s in fake.seen[3:]] == [
+            "/v2/a/b/manifests/1",
+            "/token",
+            "/v2/a/b/manifests/1",
+        ]
+
+    async def test_a_fresh_token_that_is_refused_ends_it(self, client, fake, bearer):
+        repository = repo(client, fake)
+        bearer["current"] = "never"
+        for tokens in (1, 2):  # first without any token, then with one that is in the cache
+            with pytest.raises(AuthenticationError, match="refused the credentials") as caught:
+                await repository.resolve()
+            assert "s3cr3t" not in told(caught.value)
+            assert len(bearer["issued"]) == tokens
+            assert len(fake.requests("/v2/")) == 2 * tokens
+
+    async def test_a_registry_token_that_is_refused_ends_it(self, fake, bearer):
+        credential = Credential(registry_token="s3cr3t-token", source="f")
+        async with RegistryClient(credentials=Store(credential)) as client:
+            with pytest.raises(AuthenticationError, match="refused the credentials") as caught:
+                await repo(client, fake).resolve()
+        assert len(fake.seen) == 2
+        assert bearer["issued"] == []
+        assert "s3cr3t" not in told(caught.value)
+
+    async def test_the_password_goes_to_the_token_server_only(self, client, fake, bearer):
+        await repo(client, fake).resolve()
+        for seen in fake.seen:
+            basic = seen.headers.get("authorization", "").startswith("Basic")
+            assert basic == seen.path.startswith("/token")
+
+    async def test_a_token_server_that_is_busy(self, client, fake, bearer, waits):
+        answers = [Answer(503), Answer(429, headers={"Retry-After": "3"}), Answer(raw=b"")]
+        fake.on("GET /token", lambda _: answers.pop(0) if answers else None)
+        await repo(client, fake).resolve()
+        assert len(waits) == 3
+        assert 3 <= waits[1] <= 4
+        fake.on("GET /token", Answer(429, headers={"Retry-After": "3600"}))
+        with pytest.raises(RateLimited) as caught:
+            await repo(client, fake, "c/d:1").resolve()
+        assert caught.value.retry_after == 3600
+
+    async def test_a_token_answer_without_end(self, client, fake, bearer):
+        fake.on("GET /token", Answer(body=b'{"token":"' + b"x" * 1_000_000 + b'"}'))
+        with pytest.raises(RegistryProtocolError, match="gave no token"):
+            await repo(client, fake).resolve()
+
+    @pytest.mark.parametrize("status", [401, 403])
+    async def test_refused_with_words(self, client, fake, status):
+        said = b'{"errors":[{"code":"DENIED","message":"requested access is denied"}]}'
+        fake.on("HEAD", Answer(status, headers={"WWW-Authenticate": 'Basic realm="x"'}))
+        fake.on("GET", Answer(status, said, {"WWW-Authenticate": 'Basic realm="x"'}))
+        with pytest.raises(AuthenticationError) as caught:
+            await repo(client, fake).resolve()
+        assert ("requested access is denied" in str(caught.value)) == (status == 403)
+        assert "s3cr3t" not in told(caught.value)
 
 
 class TestSchemes:
@@ -400,6 +641,26 @@ class TestSchemes:
             assert (await repo(client, secure).resolve()).descriptor
         async with RegistryClient(credentials=Store(), insecure=["127.0.0.1"]) as client:
             assert (await repo(client, secure).resolve()).descriptor
+
+    async def test_a_certificate_for_another_name_is_refused(self, authority):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("other.example").configure_cert(context)
+        with FakeRegistry(tls=context) as wrong:
+            async with RegistryClient(credentials=Store()) as client:
+                authority.configure_trust(client.transport._verified)
+                with pytest.raises(RegistryUnreachable, match="not trusted: .*mismatch"):
+                    await repo(client, wrong).resolve()
+        assert wrong.seen == []
+
+    async def test_a_redirect_without_tls_is_told_without_its_user(self, secure):
+        secure.on(
+            "GET", Answer(307, headers={"Location": "http://u:s3cr3t@r.example/x?sig=s3cr3t"})
+        )
+        async with RegistryClient(credentials=Store()) as client:
+            client.transport._verified = client.transport._unverified
+            with pytest.raises(RegistryProtocolError, match=r"to r\.example without TLS") as caught:
+                await read(repo(client, secure), blob())
+        assert "s3cr3t" not in told(caught.value)
 
     def test_ssl_cert_file_is_trusted(self, secure, authority, tmp_path):
         bundle = tmp_path / "ca.pem"
@@ -468,6 +729,73 @@ class TestSurroundings:
             async with client.transport.send("GET", "https://registry.invalid/v2/", {}):
                 pass
         assert "s3cr3t" not in f"{caught.value} {caught.value.hint}"
+
+    @pytest.fixture
+    def tunnel(self):
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("registry.invalid").configure_cert(context)
+        with FakeRegistry(tls=context) as registry, TunnelProxy(registry.address) as proxy:
+            registry.add("a/b", "1", MADE)
+            yield proxy, registry, authority
+
+    async def test_tls_through_a_proxy(self, client, tunnel, monkeypatch):
+        """The proxy sees the host and its own password, and nothing of ours."""
+        proxy, registry, authority = tunnel
+        authority.configure_trust(client.transport._verified)
+        challenge = Answer(401, headers={"WWW-Authenticate": 'Basic realm="x"'})
+        registry.on(".", lambda s: None if "authorization" in s.headers else challenge)
+        monkeypatch.setenv("HTTPS_PROXY", f"http://pu:pw@{proxy.address}")
+        resolved = await client.repository(Reference.parse("registry.invalid/a/b:1")).resolve()
+        assert str(resolved.descriptor.digest) == MADE.digest
+        for seen in proxy.seen:
+            assert seen.path == "registry.invalid:443"
+            assert seen.headers["proxy-authorization"].startswith("Basic")
+            assert "authorization" not in seen.headers
+        assert registry.seen
+        assert not any("proxy-authorization" in seen.headers for seen in registry.seen)
+
+    async def test_a_proxy_does_not_make_certificates_right(self, client, tunnel, monkeypatch):
+        proxy, registry, _ = tunnel
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy.address}")
+        with pytest.raises(RegistryUnreachable, match=r"registry\.invalid is not trusted"):
+            await client.repository(Reference.parse("registry.invalid/a/b:1")).resolve()
+        assert registry.seen == []
+
+    async def test_a_proxy_that_refuses(self, client, tunnel, monkeypatch):
+        proxy, registry, _ = tunnel
+        proxy.status = 407
+        monkeypatch.setenv("HTTPS_PROXY", f"http://pu:s3cr3t@{proxy.address}")
+        with pytest.raises(RegistryUnreachable, match=rf"the proxy {proxy.address}") as caught:
+            await client.repository(Reference.parse("registry.invalid/a/b:1")).resolve()
+        assert "s3cr3t" not in told(caught.value)
+        assert registry.seen == []
+
+    async def test_no_proxy_on_loopback_and_where_no_proxy_says(
+        self, client, fake, tunnel, monkeypatch
+    ):
+        proxy, *_ = tunnel
+        for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, f"http://{proxy.address}")
+        await repo(client, fake).resolve()
+        monkeypatch.setenv("NO_PROXY", ".invalid")
+        with pytest.raises(RegistryUnreachable, match=r"cannot find the host registry\.invalid"):
+            await client.repository(Reference.parse("registry.invalid/a")).resolve()
+        assert proxy.seen == []
+
+    async def test_a_proxy_whose_name_is_unknown_is_to_blame(self, client, monkeypatch):
+        monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
+        with pytest.raises(RegistryUnreachable, match=r"through the proxy proxy\.invalid:3128"):
+            await client.repository(Reference.parse("registry.invalid/a")).resolve()
+
+    @pytest.mark.parametrize(
+        "proxy", ["socks5://u:s3cr3t@127.0.0.1:9", "http://[", "http://u:s3cr3t@127.0.0.1:99999"]
+    )
+    async def test_what_is_no_proxy(self, client, monkeypatch, proxy):
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        with pytest.raises(InvalidSetting, match="HTTPS_PROXY") as caught:
+            await client.repository(Reference.parse("registry.invalid/a")).resolve()
+        assert "s3cr3t" not in told(caught.value)
 
     async def test_nothing_there(self, client):
         with pytest.raises(

@@ -8,12 +8,20 @@ from hypothesis import strategies as st
 
 from serpentine.errors import (
     AuthenticationError,
+    InvalidSetting,
     RegistryNotFound,
     RegistryProtocolError,
     RegistryUnreachable,
 )
 from serpentine.model.reference import Reference
-from serpentine.registry.hosts import api_host, is_loopback, matches, proxy_for, schemes_for
+from serpentine.registry.hosts import (
+    api_host,
+    host_of,
+    is_loopback,
+    matches,
+    proxy_for,
+    schemes_for,
+)
 from serpentine.registry.messages import error_of
 from serpentine.registry.retry import parse_retry_after, retry_delay
 
@@ -32,6 +40,8 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
         ("soon", None),
         ("-3", None),
         ("1.5", None),
+        ("Fri, 02 Jan 2026 03:04:15 +99999999999999999999", None),
+        ("Fri, 02 Jan 99999999999999999999 03:04:15 GMT", None),
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value, seconds):
@@ -89,6 +99,45 @@ def test_proxies(monkeypatch):
     assert proxy_for("https://r.x:5000/v2/") is None
     assert proxy_for("https://a.internal/v2/") is None
     assert proxy_for("https://s.x/v2/")
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["socks5://u:s3cr3t@p:1", "http://[", "http://u:s3cr3t@p:99999", "s3cr3t proxy", "http://"],
+)
+def test_what_is_no_proxy_is_not_quoted(monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(InvalidSetting, match="ALL_PROXY") as caught:
+        proxy_for("https://r.x/v2/")
+    assert "s3cr3t" not in f"{caught.value}{caught.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://r.x/a?b#c", "r.x"),
+        ("https://r.x:5000", "r.x:5000"),
+        ("http://u:p@r.x:1/", "r.x:1"),
+        ("http://[::1]:5000/x", "[::1]:5000"),
+        ("https://[x/", ""),
+        ("https://r.x:99999/", ""),
+        ("https://r.x:y/", ""),
+        ("https://a b/", ""),
+        ("https://\u00e9/", ""),
+        ("https://", ""),
+        ("/path", ""),
+        ("", ""),
+    ],
+)
+def test_the_host_of_a_url(url, host):
+    assert host_of(url) == host
+
+
+@given(st.text(max_size=40), st.sampled_from(["", "http://", "https://", "https://u@"]))
+def test_any_text_is_taken_for_a_url(text, start):
+    host = host_of(start + text)
+    assert "@" not in host
+    assert host.isascii()
 
 
 REFERENCE = Reference.parse("r.x/a/b:1")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)serpentine/containerd/_proto/leases.proto\x12\x1cserpentine.containerd.leases\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12?\n\x06labels\x18\x03 \x03(\x0b\x32/.serpentine.containerd.leases.Lease.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x93\x01\n\rCreateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12G\n\x06labels\x18\x03 \x03(\x0b\x32\x37.serpentine.containerd.leases.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x0e\x43reateResponse\x12\x32\n\x05lease\x18\x01 \x01(\x0b\x32#.serpentine.containerd.leases.Lease\")\n\rDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08\"\x1e\n\x0bListRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"C\n\x0cListResponse\x12\x33\n\x06leases\x18\x01 \x03(\x0b\x32#.serpentine.containerd.leases.Lease\"$\n\x08Resource\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\"Z\n\x12\x41\x64\x64ResourceRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x38\n\x08resource\x18\x02 \x01(\x0b\x32&.serpentine.containerd.leases.Resource\"\"\n\x14ListResourcesRequest\x12\n\n\x02id\x18\x01 \x01(\t\"R\n\x15ListResourcesResponse\x12\x39\n\tresources\x18\x01 \x03(\x0b\x32&.serpentine.containerd.leases.Resourceb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)serpentine/containerd/_proto/leases.proto\x12\x1cserpentine.containerd.leases\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\ncreated_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12?\n\x06labels\x18\x03 \x03(\x0b\x32/.serpentine.containerd.leases.Lease.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x93\x01\n\rCreateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12G\n\x06labels\x18\x03 \x03(\x0b\x32\x37.serpentine.containerd.leases.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x0e\x43reateResponse\x12\x32\n\x05lease\x18\x01 \x01(\x0b\x32#.serpentine.containerd.leases.Lease\")\n\rDeleteRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04sync\x18\x02 \x01(\x08\"\x1e\n\x0bListRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"C\n\x0cListResponse\x12\x33\n\x06leases\x18\x01 \x03(\x0b\x32#.serpentine.containerd.leases.Lease\"$\n\x08Resource\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\"Z\n\x12\x41\x64\x64ResourceRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x38\n\x08resource\x18\x02 \x01(\x0b\x32&.serpentine.containerd.leases.Resource\"]\n\x15\x44\x65leteResourceRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x38\n\x08resource\x18\x02 \x01(\x0b\x32&.serpentine.containerd.leases.Resource\"\"\n\x14ListResourcesRequest\x12\n\n\x02id\x18\x01 \x01(\t\"R\n\x15ListResourcesResponse\x12\x39\n\tresources\x18\x01 \x03(\x0b\x32&.serpentine.containerd.leases.Resourceb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,8 +56,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOURCE']._serialized_end=690
   _globals['_ADDRESOURCEREQUEST']._serialized_start=692
   _globals['_ADDRESOURCEREQUEST']._serialized_end=782
-  _globals['_LISTRESOURCESREQUEST']._serialized_start=784
-  _globals['_LISTRESOURCESREQUEST']._serialized_end=818
-  _globals['_LISTRESOURCESRESPONSE']._serialized_start=820
-  _globals['_LISTRESOURCESRESPONSE']._serialized_end=902
+  _globals['_DELETERESOURCEREQUEST']._serialized_start=784
+  _globals['_DELETERESOURCEREQUEST']._serialized_end=877
+  _globals['_LISTRESOURCESREQUEST']._serialized_start=879
+  _globals['_LISTRESOURCESREQUEST']._serialized_end=913
+  _globals['_LISTRESOURCESRESPONSE']._serialized_start=915
+  _globals['_LISTRESOURCESRESPONSE']._serialized_end=997
 # @@protoc_insertion_point(module_scope)

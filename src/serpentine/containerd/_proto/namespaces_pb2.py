@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-serpentine/containerd/_proto/namespaces.proto\x12 serpentine.containerd.namespaces\"\x91\x01\n\tNamespace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12G\n\x06labels\x18\x02 \x03(\x0b\x32\x37.serpentine.containerd.namespaces.Namespace.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"#\n\x13GetNamespaceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"V\n\x14GetNamespaceResponse\x12>\n\tnamespace\x18\x01 \x01(\x0b\x32+.serpentine.containerd.namespaces.Namespace\"\'\n\x15ListNamespacesRequest\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\"Y\n\x16ListNamespacesResponse\x12?\n\nnamespaces\x18\x01 \x03(\x0b\x32+.serpentine.containerd.namespaces.Namespace\"&\n\x16\x44\x65leteNamespaceRequest\x12\x0c\n\x04name\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-serpentine/containerd/_proto/namespaces.proto\x12 serpentine.containerd.namespaces\"\x91\x01\n\tNamespace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12G\n\x06labels\x18\x02 \x03(\x0b\x32\x37.serpentine.containerd.namespaces.Namespace.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"#\n\x13GetNamespaceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"V\n\x14GetNamespaceResponse\x12>\n\tnamespace\x18\x01 \x01(\x0b\x32+.serpentine.containerd.namespaces.Namespace\"\'\n\x15ListNamespacesRequest\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\"Y\n\x16ListNamespacesResponse\x12?\n\nnamespaces\x18\x01 \x03(\x0b\x32+.serpentine.containerd.namespaces.Namespace\"X\n\x16\x43reateNamespaceRequest\x12>\n\tnamespace\x18\x01 \x01(\x0b\x32+.serpentine.containerd.namespaces.Namespace\"Y\n\x17\x43reateNamespaceResponse\x12>\n\tnamespace\x18\x01 \x01(\x0b\x32+.serpentine.containerd.namespaces.Namespace\"&\n\x16\x44\x65leteNamespaceRequest\x12\x0c\n\x04name\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTNAMESPACESREQUEST']._serialized_end=395
   _globals['_LISTNAMESPACESRESPONSE']._serialized_start=397
   _globals['_LISTNAMESPACESRESPONSE']._serialized_end=486
-  _globals['_DELETENAMESPACEREQUEST']._serialized_start=488
-  _globals['_DELETENAMESPACEREQUEST']._serialized_end=526
+  _globals['_CREATENAMESPACEREQUEST']._serialized_start=488
+  _globals['_CREATENAMESPACEREQUEST']._serialized_end=576
+  _globals['_CREATENAMESPACERESPONSE']._serialized_start=578
+  _globals['_CREATENAMESPACERESPONSE']._serialized_end=667
+  _globals['_DELETENAMESPACEREQUEST']._serialized_start=669
+  _globals['_DELETENAMESPACEREQUEST']._serialized_end=707
 # @@protoc_insertion_point(module_scope)
