@@ -332,8 +332,9 @@ class Repository:
         )
 
     def _target(self, response: Response) -> str:
+        location = response.headers.get("Location", "")
         try:
-            target = urljoin(response.url, response.headers.get("Location", ""))
+            target = urljoin(response.url, location) if location else ""
         except ValueError:
             target = ""
         host = host_of(target)

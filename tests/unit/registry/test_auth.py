@@ -258,20 +258,14 @@ class TestAuthenticator:
             "refresh_token": "it",
         }
 
-    @pytest.mark.parametrize("body", [{}, {"token": "t1"}])
-    async def test_no_secret_in_any_error(self, body):
+    @pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 405, 500])
+    @pytest.mark.parametrize("how", ["password", "identity_token"])
+    async def test_no_secret_in_any_error(self, status, how):
         """Whatever the token server answers, to whatever kind of credential."""
-        secret = "s3cr3t"
-        for credential in (
-            Credential("u", secret, source="f"),
-            Credential(identity_token=secret, source="f"),
-        ):
-            for status in (200, 400, 401, 403, 404, 405, 500):
-                authenticator = Authenticator(Store(credential))
-                try:
-                    await ask(authenticator, Sender((status, body)))
-                except (AuthenticationError, RegistryProtocolError) as error:
-                    assert secret not in f"{error} {error!r} {error.hint}"
+        store = Store(Credential("u", source="f", **{how: "s3cr3t"}))
+        with pytest.raises((AuthenticationError, RegistryProtocolError)) as caught:
+            await ask(Authenticator(store), Sender((status, {})))
+        assert "s3cr3t" not in f"{caught.value} {caught.value!r} {caught.value.hint}"
 
     async def test_a_token_server_that_fails(self):
         with pytest.raises(RegistryProtocolError, match="503"):

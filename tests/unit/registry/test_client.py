@@ -335,7 +335,7 @@ class TestBlobs:
     async def test_a_chunk_that_is_cut(self, client, fake):
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         fake.on("GET", Answer(raw=head + b"5\r\nab"))
-        with pytest.raises(TransferError, match="not completed$"):
+        with pytest.raises(TransferError, match=r"not completed$"):
             await read(repo(client, fake), blob())
 
     async def test_a_range_past_the_descriptors_end(self, client, fake):
@@ -400,7 +400,6 @@ class TestRedirects:
         "location",
         [
             "ftp://x/y",
-            "http://",
             "javascript:x",
             "https://[x/?sig=s3cr3t",
             "http://u:s3cr3t@127.0.0.1:99999/?sig=s3cr3t",
@@ -417,8 +416,9 @@ class TestRedirects:
 
     async def test_without_a_location(self, client, fake):
         fake.on("GET", Answer(302))
-        with pytest.raises(RegistryProtocolError):
+        with pytest.raises(RegistryProtocolError, match="redirects to nowhere"):
             await read(repo(client, fake), blob())
+        assert len(fake.seen) == 1, "not to itself, again and again"
 
     @pytest.mark.parametrize(
         "raw",
@@ -584,10 +584,10 @@ class TestLogin:
             assert basic == seen.path.startswith("/token")
 
     async def test_a_token_server_that_is_busy(self, client, fake, bearer, waits):
-        answers = [Answer(503), Answer(429, headers={"Retry-After": "3"}), Answer(raw=b"")]
+        answers = [Answer(503), Answer(429, headers={"Retry-After": "3"})]
         fake.on("GET /token", lambda _: answers.pop(0) if answers else None)
         await repo(client, fake).resolve()
-        assert len(waits) == 3
+        assert len(waits) == 2
         assert 3 <= waits[1] <= 4
         fake.on("GET /token", Answer(429, headers={"Retry-After": "3600"}))
         with pytest.raises(RateLimited) as caught:
@@ -648,7 +648,7 @@ class TestSchemes:
         with FakeRegistry(tls=context) as wrong:
             async with RegistryClient(credentials=Store()) as client:
                 authority.configure_trust(client.transport._verified)
-                with pytest.raises(RegistryUnreachable, match="not trusted: .*mismatch"):
+                with pytest.raises(RegistryUnreachable, match=r"not trusted: .*mismatch"):
                     await repo(client, wrong).resolve()
         assert wrong.seen == []
 
