@@ -279,7 +279,7 @@ class TestWhatIsSent:
 
 
 class TestTheEndOfCalls:
-    # Not "duplex": once in some hundred runs grpcio does not wake the reader of such a call.
+    # Not "duplex": it was seen to hang once on a busy machine, and why is not known yet.
     @pytest.mark.parametrize("kind", ["unary", "stream"])
     async def test_close_is_an_error_for_calls_under_way(self, kind):
         """And not a cancellation, which a task group would take for a quiet end."""
