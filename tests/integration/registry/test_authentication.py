@@ -8,11 +8,13 @@ import json
 from pathlib import Path
 
 import pytest
+import trustme
 
-from serpentine.errors import AuthenticationError
+from serpentine.errors import AuthenticationError, RegistryUnreachable
 from serpentine.model.reference import Reference
 from serpentine.registry import CredentialStore, RegistryClient
 from tests.support.images import file, image, layer, noise, push
+from tests.support.servers import Recording, RegistryServer
 from tests.support.token_server import TokenRegistry
 
 MADE = image([layer([file("a", noise("auth", 200_000))])])
@@ -143,6 +145,20 @@ async def test_a_token_that_has_expired_is_renewed(guarded, tokens, client):
     assert len(tokens.requests) == 2
 
 
+async def test_a_token_that_expires_between_two_requests(guarded, tokens, client):
+    """By our clock it is good; the registry checks its own, and says 401."""
+    tokens.lifetime = -120  # more than the leeway that the registry gives
+    repo = repository(client, guarded)
+    with pytest.raises(AuthenticationError, match="refused the credentials"):
+        await repo.resolve()
+    assert len(tokens.requests) == 1, "a fresh token that is refused is not renewed"
+    ((key, cached),) = client.authenticator._headers.items()
+    client.authenticator._headers[key] = type(cached)(cached.header, float("inf"))
+    tokens.lifetime = 300
+    assert await read(repo)
+    assert len(tokens.requests) == 2
+
+
 async def test_a_short_lived_token_is_renewed_before_it_is_used(guarded, tokens, client):
     tokens.lifetime = 1
     now = 1000.0
@@ -174,6 +190,56 @@ async def test_htpasswd(registry_htpasswd, tmp_path):
     async with RegistryClient(credentials=CredentialStore.from_environment({"HOME": "/x"})) as c:
         with pytest.raises(AuthenticationError, match="needs credentials"):
             await repository(c, registry).resolve()
+
+
+@pytest.fixture(scope="module")
+def tls_files(tmp_path_factory):
+    """A certificate, its key, and the authority that it is from."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    paths = folder / "cert.pem", folder / "key.pem", folder / "ca.pem"
+    issued.cert_chain_pems[0].write_to_path(str(paths[0]))
+    issued.private_key_pem.write_to_path(str(paths[1]))
+    authority.cert_pem.write_to_path(str(paths[2]))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def secure(tls_files):
+    with RegistryServer(tls=tls_files[:2], htpasswd=("alice", "wonder land")) as registry:
+        push(registry, "auth/image", "1", MADE)
+        yield registry
+
+
+async def test_an_authority_that_ssl_cert_file_names(secure, tls_files, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls_files[2]))
+    environ = docker_config(tmp_path, secure.address, username="alice", password="wonder land")
+    async with RegistryClient(credentials=CredentialStore.from_environment(environ)) as client:
+        assert await read(repository(client, secure)) in MADE.blobs.values()
+        assert client.transport.scheme(secure.address) == "https"
+
+
+async def test_an_unknown_authority_gets_no_request(secure, tmp_path):
+    environ = docker_config(tmp_path, secure.address, username="alice", password="s3cr3t")
+    async with RegistryClient(credentials=CredentialStore.from_environment(environ)) as client:
+        with (
+            Recording(secure) as seen,
+            pytest.raises(RegistryUnreachable, match="is not trusted") as caught,
+        ):
+            await repository(client, secure).resolve()
+    assert seen.requests == []
+    assert "SSL_CERT_FILE" in caught.value.hint
+    assert f"--insecure-registry {secure.address}" in caught.value.hint
+
+
+async def test_any_certificate_where_the_user_said_so(secure, tmp_path):
+    environ = docker_config(tmp_path, secure.address, username="alice", password="wonder land")
+    async with RegistryClient(
+        credentials=CredentialStore.from_environment(environ), insecure=[secure.address]
+    ) as client:
+        assert await read(repository(client, secure))
+        assert client.transport.scheme(secure.address) == "https"
 
 
 def test_the_command_line_logs_in(guarded, tokens, command, tmp_path):
