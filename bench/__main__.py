@@ -2,6 +2,8 @@
 
     make bench                       three rounds with each containerd of the machine
     make bench ARGS="--rounds 5 --image small"
+    make bench ARGS="--what run"     steps, beside ctr run, docker run, podman run
+    make bench ARGS="--what daemon"  our containerd in Docker: start, Envoy against the socket
 
 Prints medians, and the ratio of the two within each round; --json FILE keeps the figures.
 """
@@ -19,7 +21,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.daemon import measure as measure_daemon
 from bench.images import Blob, large_layers, small_layers
+from bench.run import measure as measure_steps
 from tests.support.images import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, Pusher, sha256
 from tests.support.servers import ContainerdServer, RegistryServer, find_containerds
 
@@ -139,6 +143,7 @@ def report(title: str, results: dict[str, list[Run]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--what", choices=["pull", "daemon", "run", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--image", choices=["large", "small", "both"], default="both")
     parser.add_argument("--containerd", help="only the version that begins like this")
@@ -146,13 +151,23 @@ def main() -> None:
     arguments = parser.parse_args()
     images = {"small": small_layers, "large": large_layers}
     kept = []
+    daemon: dict[str, object] = {}
+    steps: dict[str, object] = {}
     with RegistryServer() as registry:
+        if arguments.what in ("run", "all"):
+            steps = measure_steps(registry, arguments.rounds)
+        if arguments.what == "run":
+            images = {}
         for name, make in images.items():
             if arguments.image not in (name, "both"):
                 continue
             layers = make()
             reference = push(registry, f"bench/{name}", layers)
             size = sum(one.size for one in layers) / 1e6
+            if name == "large" and arguments.what in ("daemon", "all"):
+                daemon = measure_daemon(registry, reference, arguments.rounds)
+            if arguments.what == "daemon":
+                continue
             for version, binary in find_containerds().items():
                 if not version.startswith(arguments.containerd or ""):
                     continue
@@ -169,7 +184,13 @@ def main() -> None:
                     }
                 )
     if arguments.json:
-        about = {"machine": platform.platform(), "cores": os.cpu_count(), "results": kept}
+        about = {
+            "machine": platform.platform(),
+            "cores": os.cpu_count(),
+            "results": kept,
+            "daemon": daemon,
+            "steps": steps,
+        }
         arguments.json.write_text(json.dumps(about, indent=1))
 
 

@@ -1,7 +1,8 @@
-"""The demo: a containerd comes up, an image streams into it from a real registry.
+"""The demo: a containerd comes up, an image streams into it from a real registry, a step runs.
 
-``IMAGE=docker.io/library/alpine make demo`` pulls that instead of an image made on the spot.
-Everything lives in a temporary directory, except when CONTAINERD_ADDRESS names a containerd.
+``IMAGE=docker.io/library/alpine make demo`` takes that instead of an image made on the spot.
+Everything lives in a temporary directory, except when CONTAINERD_ADDRESS names a containerd;
+``SERPENTINE_DAEMON=docker make demo`` shows our containerd in Docker, and removes it again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tests.support.images import busybox_layer, file, folder, image, layer, nois
 from tests.support.servers import RegistryServer
 
 NAMESPACE = "serpentine-demo"
+TELL = ("sh", "-c", "echo And hello from a step. >>/srv/hello")
 
 
 def say(text: str) -> None:
@@ -67,11 +69,13 @@ def directories() -> Iterator[None]:
     os.environ["SERPENTINE_DATA_DIR"] = str(base / "data")
     os.environ["SERPENTINE_RUN_DIR"] = str(base / "run")
     os.environ["CONTAINERD_NAMESPACE"] = NAMESPACE
+    # Building an image for Docker takes minutes, and it may be somebody's who did not ask.
+    os.environ.setdefault("SERPENTINE_DAEMON", "embedded")
     try:
         yield
     finally:
         if own:
-            run("serpentine", "daemon", "stop", check=False)
+            run("serpentine", "daemon", "remove", "--volumes", check=False)
         shutil.rmtree(base, ignore_errors=True)
 
 
@@ -82,6 +86,7 @@ def main() -> None:
         if not address:
             say("A containerd of our own comes up")
             run("serpentine", "daemon", "start")
+        if not address and os.environ["SERPENTINE_DAEMON"] == "embedded":
             address = f"{os.environ['SERPENTINE_RUN_DIR']}/containerd.sock"
         say("The image streams from the registry into it")
         run("serpentine", "pull", reference)
@@ -91,13 +96,20 @@ def main() -> None:
         run("serpentine", "images")
         say("Its state: what everything later builds on")
         run("serpentine", "inspect", reference)
-        if shutil.which("ctr"):
+        say("A command runs in it, in a network of its own")
+        run("serpentine", "run", reference, "--", "sh", "-c", "cat /etc/hosts")
+        if shutil.which("ctr") and address:
             ctr = ("ctr", "--address", address, "--namespace", NAMESPACE)
             say("Its snapshots, one per layer, as containerd's own tool sees them")
             run(*ctr, "snapshots", "ls")
             if "IMAGE" not in os.environ:
                 say("And that tool runs it, with nothing more to fetch or unpack")
                 run(*ctr, "run", "--rm", reference, "demo")
+        if "IMAGE" not in os.environ:
+            say("What a step leaves becomes an image, and runs")
+            run("serpentine", "run", "--commit", "demo/told:1", reference, "--", *TELL)
+            run("serpentine", "run", "demo/told:1")
+            run("serpentine", "rmi", "demo/told:1")
         say("Removed, with everything that only it needed")
         run("serpentine", "rmi", reference)
 

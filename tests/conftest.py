@@ -6,26 +6,66 @@ import asyncio
 import os
 import re
 import shutil
+import signal
+import tempfile
 import uuid
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
+import hypothesis
 import pytest
 from blockbuster import blockbuster_ctx
 
-from serpentine.containerd import Containerd, Endpoint
+from serpentine.containerd import Containerd
+from tests.support.engines import (
+    ContainedContainerd,
+    DockerServer,
+    Mirror,
+    OurDaemon,
+    PodmanServer,
+)
 from tests.support.servers import ContainerdServer, Recording, RegistryServer, find_containerds
+from tests.support.tasks import RUNC, end_task
+
+# The same examples each time.  No limit per example: that would time the machine, and each test
+# has a limit of its own.
+hypothesis.settings.register_profile("serpentine", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("serpentine")
 
 CONTAINERDS = find_containerds()
+# The newest, in a container of ours behind Envoy.
+ENVOY = "envoy"
+# The suites that must hold on every way to reach a containerd.
+_EVERYWHERE = (
+    "test_pull",
+    "test_pull_bad_input",
+    "test_pull_cancel",
+    "test_foreign_images",
+    "test_upkeep_everywhere",
+)
+
+# May use the container engines of the tests, like the group docker; no such group need exist.
+ENGINE_GROUP = 54321
 
 # What a developer's shell may hold and no test may see.
 _FOREIGN = re.compile(
-    r"(?i)^(SERPENTINE_|CONTAINERD_|DOCKER_|REGISTRY_AUTH_FILE$|XDG_|NO_COLOR$|"
+    r"(?i)^(SERPENTINE_|CONTAINERD_|CONTAINER_|DOCKER_|REGISTRY_AUTH_FILE$|XDG_|NO_COLOR$|"
     r"(http|https|all|no)_proxy$|SSL_CERT_|REQUESTS_CA)"
 )
 
 
 def pytest_report_header() -> list[str]:
     return [f"containerd: {', '.join(CONTAINERDS) or 'NONE'}"]
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach what the tests start, also in the background of a shell.
+
+    A job there inherits SIGINT as ignored, and so would all of its children.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -41,6 +81,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
 def pytest_generate_tests(metafunc) -> None:
     if "containerd" in metafunc.fixturenames:
         versions = list(CONTAINERDS) or ["none"]
+        if metafunc.module.__name__.rpartition(".")[2] in _EVERYWHERE:
+            versions.append(ENVOY)
         metafunc.parametrize("containerd", versions, indirect=True, scope="session")
 
 
@@ -55,6 +97,8 @@ def isolated(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     monkeypatch.setenv("SERPENTINE_DATA_DIR", str(home / "data"))
     monkeypatch.setenv("SERPENTINE_RUN_DIR", str(home / "run"))
+    # Not the Docker that the developer may have.
+    monkeypatch.setenv("SERPENTINE_DAEMON", "embedded")
     return home
 
 
@@ -63,8 +107,74 @@ def containerd(request):
     """Each real containerd of this machine, in turn."""
     if request.param == "none" or os.geteuid() != 0:
         pytest.fail("these tests need root and containerd: run 'make test' as root")
+    if request.param == ENVOY:
+        yield request.getfixturevalue("envoy_containerd")
+        return
     with ContainerdServer(CONTAINERDS[request.param]) as server:
         yield server
+
+
+def newest() -> Path:
+    """Return the directory of the newest containerd that is there."""
+    return Path(CONTAINERDS[max(CONTAINERDS)]).parent
+
+
+@pytest.fixture(scope="session")
+def mirror():
+    """The releases that our image is built of, on loopback; other users may read its sums."""
+    folder = Path(tempfile.mkdtemp(prefix="spt-"))
+    folder.chmod(0o755)
+    with Mirror(folder, newest()).serving() as served:
+        yield served
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def docker():
+    """A real Docker, with the images that ours are made from; root's and a group's."""
+    _need("dockerd", "docker", "iptables", "debootstrap")
+    with DockerServer(group=ENGINE_GROUP) as server:
+        yield server.with_images()
+
+
+@pytest.fixture(scope="session")
+def podman():
+    """A real Podman, the same."""
+    _need("podman")
+    with PodmanServer(group=ENGINE_GROUP) as server:
+        yield server.with_images()
+
+
+@pytest.fixture(scope="session")
+def envoy_containerd(mirror):
+    """Our containerd in Docker, behind Envoy: for whole suites, so never stopped by a test.
+
+    In a Docker of its own: other tests count what theirs holds, and remove it.
+    """
+    _need("dockerd", "docker", "iptables", "debootstrap")
+    folder = Path(tempfile.mkdtemp(prefix="spt-"))
+    with DockerServer(group=ENGINE_GROUP) as server:
+        daemon = OurDaemon(server.with_images(), mirror, folder)
+        yield ContainedContainerd(daemon, newest(), transport="envoy")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["docker", "podman"])
+def engine_server(request):
+    """Each container engine, in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def ours(engine_server, mirror):
+    """A user of a container engine who has nothing yet; what they bring up is removed."""
+    folder = Path(tempfile.mkdtemp(prefix="spt-"))
+    daemon = OurDaemon(engine_server, mirror, folder)
+    yield daemon
+    names = daemon.names
+    engine_server.run("rm", "-f", names.containerd, names.envoy, check=False)
+    engine_server.run("volume", "rm", "-f", names.data_volume, names.run_volume, check=False)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -76,7 +186,10 @@ def namespace(containerd):
 
 
 async def _clean(server: ContainerdServer, namespace: str) -> None:
-    async with Containerd(Endpoint.parse(server.address), namespace=namespace) as client:
+    async with Containerd(server.endpoint, namespace=namespace) as client:
+        tasks = {task.id for task in await client.tasks.all()}
+        for name in tasks | {container.id for container in await client.containers.all()}:
+            await end_task(client, name)
         for lease in await client.leases.all():
             await client.leases.delete(lease.id)
         for status in await client.content.list_statuses():
@@ -87,6 +200,8 @@ async def _clean(server: ContainerdServer, namespace: str) -> None:
         last = "test-clean"
         await client.leases.create(last, expires=timedelta(minutes=1))
         await client.leases.delete(last, sync=True)
+    with suppress(OSError):
+        (RUNC / namespace).rmdir()  # stays empty, where containerd is on this machine
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +236,7 @@ def _need(*programs: str) -> None:
 @pytest.fixture(autouse=True)
 def nothing_blocks():
     """A call that blocks the event loop fails the test, in the rooms that wait for others."""
-    rooms = ["serpentine.pull", "serpentine.registry", "serpentine.containerd"]
+    rooms = [f"serpentine.{room}" for room in ("pull", "registry", "containerd", "upkeep")]
     with blockbuster_ctx(scanned_modules=rooms) as watch:
         # grpcio and asyncio take locks that nobody holds for long.
         watch.functions["threading.Lock.acquire"].deactivate()

@@ -1,4 +1,4 @@
-"""The three pieces of concurrency that asyncio lacks, in one place.
+"""The few pieces of concurrency that asyncio lacks, in one place.
 
 Everything else is ``asyncio.TaskGroup`` and ``asyncio.timeout``.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Hashable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from serpentine.errors import SerpentineError
 
-__all__ = ["KeyedLock", "shielded", "task_group"]
+__all__ = ["KeyedLock", "shielded", "task_group", "unbroken"]
 
 _T = TypeVar("_T")
 
@@ -45,6 +45,31 @@ async def shielded(work: Coroutine[Any, Any, _T], *, timeout: float) -> _T:
         task.exception()
         raise cancelled
     return task.result()
+
+
+async def unbroken(work: Coroutine[Any, Any, _T], *, patience: float) -> _T:
+    """Finish what was begun before a cancellation counts; without one, there is no time limit.
+
+    For requests to a server that does not stop where it is when nobody waits any more: only
+    when it has answered is it known what there is to clean up.  A cancellation is raised then,
+    or after ``patience`` seconds more, in which case the work is cancelled.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        try:
+            with suppress(TimeoutError):
+                await shielded(_end_of(task), timeout=patience)
+        finally:
+            task.cancel()
+            # Looked at, so that nobody is told of it later; the cancellation is what counts.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        raise
+
+
+async def _end_of(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait([task])
 
 
 @asynccontextmanager

@@ -7,7 +7,8 @@
     │   ├── InvalidReference
     │   ├── InvalidPlatform
     │   ├── InvalidDigest
-    │   └── InvalidSetting
+    │   ├── InvalidSetting
+    │   └── NotPinned                  only pinned images are allowed, and this is none
     ├── RegistryError              the registry, or the way to it   (.host, .image)
     │   ├── RegistryUnreachable        try again, or mend the network
     │   ├── RegistryNotFound           no such repository, tag or digest there
@@ -35,6 +36,16 @@
     │   ├── Unavailable                the connection went away
     │   ├── DeadlineExceeded, ResourceExhausted, PermissionDenied, Unimplemented
     │   └── NoSpace                    the daemon's disk is full
+    ├── StepError                  a process on a snapshot          (.exit_code, .output)
+    │   ├── UserNotFound               a name that the image's files do not have
+    │   ├── CommandNotFound            127: no such program in the image
+    │   ├── CommandNotExecutable       126: it is there and cannot be run
+    │   ├── StepFailed                 it ended with another status than 0, or by a signal
+    │   ├── StepTimeout                it did not end in time
+    │   └── ServiceFailed              what was to run beside it ended, or was never ready
+    ├── CopyError                  files that cannot be copied      (.path)
+    │   ├── PathNotFound               there is nothing of that name
+    │   └── FileChanged                a file is not what it was when it was begun
     └── (nothing else: any other exception is a bug in Serpentine)
 
 ``str(error)`` is one line that names the thing; ``error.hint`` is the remedy,
@@ -48,7 +59,10 @@ from typing import Self
 __all__ = [
     "AlreadyExists",
     "AuthenticationError",
+    "CommandNotExecutable",
+    "CommandNotFound",
     "ContainerdError",
+    "CopyError",
     "DaemonError",
     "DaemonFailed",
     "DaemonNotFound",
@@ -59,6 +73,7 @@ __all__ = [
     "DigestMismatch",
     "DocumentTooLarge",
     "FailedPrecondition",
+    "FileChanged",
     "ImageError",
     "InputError",
     "InvalidArgument",
@@ -71,7 +86,9 @@ __all__ = [
     "Locked",
     "NoSpace",
     "NotFound",
+    "NotPinned",
     "OutOfRange",
+    "PathNotFound",
     "PermissionDenied",
     "PlatformNotFound",
     "RateLimited",
@@ -81,11 +98,16 @@ __all__ = [
     "RegistryUnreachable",
     "ResourceExhausted",
     "SerpentineError",
+    "ServiceFailed",
     "SizeMismatch",
+    "StepError",
+    "StepFailed",
+    "StepTimeout",
     "TransferError",
     "Unavailable",
     "Unimplemented",
     "UnsupportedImage",
+    "UserNotFound",
 ]
 
 
@@ -123,6 +145,10 @@ class InvalidSetting(InputError):
     """A flag, environment variable or line of the configuration file is not valid."""
 
 
+class NotPinned(InputError):
+    """Only pinned images may be used, and the lock does not have this one, or this platform."""
+
+
 # --- registry ------------------------------------------------------------------------------
 
 
@@ -144,6 +170,12 @@ class RegistryError(SerpentineError):
         if not self.image:
             self.image = image
             self.args = (f"{image}: {self}",)
+        return self
+
+    def during(self, what: str) -> Self:
+        """Say what was being done, if the error does not yet; return the error."""
+        if what not in str(self):
+            self.args = (f"{self} ({what})",)
         return self
 
 
@@ -176,7 +208,13 @@ class RateLimited(RegistryError):
 
 
 class TransferError(RegistryError):
-    """A body broke off, was shorter or longer than its descriptor says."""
+    """A body broke off, was shorter or longer than its descriptor says.
+
+    ``endpoint`` is the host that was asked for it, which may have sent us to ``host``; "" if
+    it was not noted.
+    """
+
+    endpoint: str = ""
 
 
 class RegistryProtocolError(RegistryError):
@@ -347,3 +385,71 @@ class NoSpace(ContainerdError):
     """The daemon's disk is full."""
 
     code = "UNKNOWN"
+
+
+# --- steps ---------------------------------------------------------------------------------
+
+
+class StepError(SerpentineError):
+    """A process could not be run on a snapshot, or did not end well.
+
+    ``exit_code`` is what the command line ends with, as Docker has it: 125 when we failed, 126
+    and 127 when the command could not be run, else the process's own, 128 and the number of the
+    signal that ended it.  ``output`` is the end of what it printed, as bytes.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str = "", exit_code: int = 125, output: bytes = b""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
+        self.output = output
+
+
+class UserNotFound(StepError):
+    """The user or group to run as is in no file of the image, and no number."""
+
+
+class CommandNotFound(StepError):
+    """The image has no such program, or not on its ``PATH``."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, exit_code=127)
+
+
+class CommandNotExecutable(StepError):
+    """The program is there and cannot be run: a directory, no permission, another platform's."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, exit_code=126)
+
+
+class StepFailed(StepError):
+    """The process ended with another status than 0, or by a signal."""
+
+
+class StepTimeout(StepError):
+    """The process did not end within the time that it was given; it was ended then."""
+
+
+# --- files ---------------------------------------------------------------------------------
+
+
+class CopyError(SerpentineError):
+    """Files could not be copied into a state or out of one; ``path`` is the one that failed."""
+
+    def __init__(self, message: str, *, path: str = "", hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+
+
+class PathNotFound(CopyError):
+    """There is no such file or directory."""
+
+
+class FileChanged(CopyError):
+    """A file changed while it was read: what was read is no state that it ever had."""
+
+
+class ServiceFailed(StepError):
+    """A service ended too early, or was not ready in time; ``output`` is the service's."""

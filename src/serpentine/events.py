@@ -12,6 +12,10 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 __all__ = [
+    "CopyFinished",
+    "CopyNotice",
+    "DaemonBuilding",
+    "DaemonNotice",
     "DaemonStarted",
     "DaemonStarting",
     "Event",
@@ -19,11 +23,25 @@ __all__ = [
     "LayerProgress",
     "LayerStatus",
     "OnEvent",
+    "PullFailed",
     "PullFinished",
+    "PullNotice",
     "PullPlanned",
     "PullResolved",
     "PullStarted",
+    "RateLimit",
+    "Received",
+    "ReleaseInstalled",
+    "ReleaseProgress",
+    "ReleaseWaiting",
     "Retrying",
+    "ServiceOutput",
+    "ServiceReady",
+    "StepFinished",
+    "StepOutput",
+    "StepStarted",
+    "VerifyFound",
+    "VerifyProgress",
     "ignore",
 ]
 
@@ -59,6 +77,23 @@ class DaemonStarting(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DaemonNotice(Event):
+    """Something about the daemon that its user should know: it had crashed, it is replaced."""
+
+    name: ClassVar[str] = "daemon_notice"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonBuilding(Event):
+    """The image of the daemon is built or pulled; ``line`` is what the engine printed."""
+
+    name: ClassVar[str] = "daemon_building"
+    image: str
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonStarted(Event):
     """The containerd answers; ``seconds`` is how long that took."""
 
@@ -66,6 +101,36 @@ class DaemonStarted(Event):
     kind: str
     endpoint: str
     version: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseWaiting(Event):
+    """Another process is installing releases; ``lock`` is the file that it holds."""
+
+    name: ClassVar[str] = "release_waiting"
+    lock: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseProgress(Event):
+    """``offset`` of ``size`` bytes of a release are here; None if the server did not say."""
+
+    name: ClassVar[str] = "release_progress"
+    program: str
+    version: str
+    url: str
+    offset: int
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseInstalled(Event):
+    """The programs are there, downloaded now or before (then ``bytes_downloaded`` is 0)."""
+
+    name: ClassVar[str] = "release_installed"
+    directory: str
+    bytes_downloaded: int
     seconds: float
 
 
@@ -133,6 +198,61 @@ class Retrying(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PullNotice(Event):
+    """Something that a user should know and that is no failure: the disk may become full."""
+
+    name: ClassVar[str] = "pull_notice"
+    image: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received(Event):
+    """One request has brought bytes of a layer: ``size`` of them from ``offset`` on, from ``host``.
+
+    seconds: until its end, whatever ended it; waiting for containerd is part of it.
+    """
+
+    name: ClassVar[str] = "received"
+    image: str
+    digest: str
+    host: str
+    offset: int
+    size: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit(Event):
+    """A registry told how many requests it lets us make.
+
+    remaining: are left; limit: in ``window`` seconds.  None for what it did not say.
+    """
+
+    name: ClassVar[str] = "rate_limit"
+    host: str
+    remaining: int
+    limit: int | None
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PullFailed(Event):
+    """A pull has ended without the image: by an error, or (``cancelled``) because it was to end.
+
+    error: the name of the exception's class; reason: its text.
+    seconds: from the start of the pull.
+    """
+
+    name: ClassVar[str] = "pull_failed"
+    image: str
+    error: str
+    reason: str
+    cancelled: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class PullFinished(Event):
     """The image is there, unpacked; ``seconds`` counts from the start of the pull."""
 
@@ -144,6 +264,122 @@ class PullFinished(Event):
     layers_reused: int
     registry_requests: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepStarted(Event):
+    """The first process of a step runs."""
+
+    name: ClassVar[str] = "step_started"
+    step: str
+    args: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput(Event):
+    """A step printed something; ``stream`` is 1 for stdout, 2 for stderr."""
+
+    name: ClassVar[str] = "step_output"
+    step: str
+    stream: int
+    data: bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; bytes that are not UTF-8 are replaced."""
+        return {
+            "event": self.name,
+            "step": self.step,
+            "stream": self.stream,
+            "data": self.data.decode(errors="replace"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished(Event):
+    """A step has ended, and what it needed is gone."""
+
+    name: ClassVar[str] = "step_finished"
+    step: str
+    exit_code: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CopyNotice(Event):
+    """Something was left out of a copy, or is not in it as it was: a socket, an attribute."""
+
+    name: ClassVar[str] = "copy_notice"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFinished(Event):
+    """A copy has ended; with ``complete`` false, it failed or was cancelled.
+
+    size: the bytes of the archive that went over, until then; of the files, where none was needed.
+    count: files, directories and all else that are on our disk now; 0 for a copy into a state.
+    """
+
+    name: ClassVar[str] = "copy_finished"
+    size: int
+    count: int
+    seconds: float
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOutput(Event):
+    """A service printed something; ``stream`` is 1 for stdout, 2 for stderr."""
+
+    name: ClassVar[str] = "service_output"
+    service: str
+    stream: int
+    data: bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; bytes that are not UTF-8 are replaced."""
+        return {
+            "event": self.name,
+            "service": self.service,
+            "stream": self.stream,
+            "data": self.data.decode(errors="replace"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceReady(Event):
+    """A service is ready, after ``seconds``."""
+
+    name: ClassVar[str] = "service_ready"
+    service: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyProgress(Event):
+    """Something is checked or repaired; it is done when ``offset`` is ``size``, in bytes.
+
+    what: ``blob``, ``tree`` or ``repair``; ``digest`` is the blob's, or the chain ID of a tree.
+    Of a tree only the beginning and the end are told; its ``size`` is that of its blob.
+    """
+
+    name: ClassVar[str] = "verify_progress"
+    what: str
+    digest: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyFound(Event):
+    """Something is not as it should be, or (``repaired``) no longer."""
+
+    name: ClassVar[str] = "verify_found"
+    image: str
+    what: str
+    digest: str
+    problem: str
+    repaired: bool
 
 
 OnEvent = Callable[[Event], None]

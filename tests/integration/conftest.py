@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 import pytest
 
-import serpentine
-from serpentine.containerd import Containerd, Endpoint
+from serpentine.containerd import Containerd
 from tests.support.contents import Contents
 
 
 @pytest.fixture
 async def engine(containerd, namespace):
     """An engine on a real containerd, in a namespace of the test's own."""
-    async with serpentine.connect(containerd.address, namespace=namespace) as opened:
+    async with containerd.connect(namespace=namespace) as opened:
         yield opened
 
 
@@ -27,7 +26,7 @@ def contents(containerd, namespace):
     """Return a function that looks what the namespace holds now."""
 
     async def look(snapshotter: str = "overlayfs") -> Contents:
-        async with Containerd(Endpoint.parse(containerd.address), namespace=namespace) as c:
+        async with Containerd(containerd.endpoint, namespace=namespace) as c:
             return Contents(
                 images=sorted(i.name for i in await c.images.all()),
                 blobs=sorted(str(b.digest) for b in await c.content.all()),
@@ -64,7 +63,7 @@ def command(containerd, namespace):
             timeout=timeout,
             env={
                 **os.environ,
-                "CONTAINERD_ADDRESS": containerd.address,
+                **containerd.environ,
                 "CONTAINERD_NAMESPACE": namespace,
                 **environ,
             },

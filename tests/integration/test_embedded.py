@@ -235,7 +235,7 @@ def test_restart_logs_and_remove(embedded, registry):
     (after,) = containerds(embedded)
     assert after != before
     lines = run("daemon", "logs", "-n", "2").stdout.splitlines()
-    assert lines == embedded.log_tail(2)
+    assert lines == asyncio.run(embedded.log_tail(2))
 
     assert json.loads(run("daemon", "remove", "--json").stdout) == {"removed": True}
     assert containerds(embedded) == []

@@ -47,12 +47,14 @@ def buildah(tmp_path_factory):
 
 
 @pytest.fixture
-def same_tree(engine):
+def same_tree(containerd, engine):
     """Return a function that pulls, and compares the snapshot with a tool's own directory."""
 
     async def check(reference: str, root: Path):
         state = await engine.pull_image(reference)
-        ours = await snapshot_tree(engine.containerd, state.snapshotter, state.snapshot_key)
+        ours = await snapshot_tree(
+            engine.containerd, state.snapshotter, state.snapshot_key, containerd.here
+        )
         theirs = walk(root)
         assert len(theirs) > 1, "the tool unpacked nothing: nothing would be compared"
         assert differences(ours, theirs) == []

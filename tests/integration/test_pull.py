@@ -12,7 +12,6 @@ from datetime import timedelta
 
 import pytest
 
-import serpentine
 from serpentine.errors import PlatformNotFound, UnsupportedImage
 from serpentine.events import LayerStatus, PullFinished, PullPlanned
 from serpentine.model.digest import DiffID, chain_ids
@@ -169,7 +168,7 @@ async def test_two_engines_at_once(containerd, namespace, registry, recording, c
     reference = push(registry, "pull/engines", "1", made)
 
     async def one():
-        async with serpentine.connect(containerd.address, namespace=namespace) as engine:
+        async with containerd.connect(namespace=namespace) as engine:
             return await engine.pull_image(reference)
 
     async with asyncio.TaskGroup() as group:
@@ -188,7 +187,7 @@ async def test_two_processes_at_once(containerd, namespace, registry, recording,
     arguments = [sys.executable, "-m", "serpentine", "pull", reference, "--json", "-q"]
     environ = {
         **os.environ,
-        "CONTAINERD_ADDRESS": containerd.address,
+        **containerd.environ,
         "CONTAINERD_NAMESPACE": namespace,
     }
     processes = [
@@ -365,7 +364,7 @@ async def test_content_of_another_namespace_is_not_downloaded_again(
     reference = push(registry, "pull/other-namespace", "1", made)
     await engine.pull_image(reference)
     before = recording.blobs()
-    async with serpentine.connect(containerd.address, namespace=f"{namespace}-b") as other:
+    async with containerd.connect(namespace=f"{namespace}-b") as other:
         state = await other.pull_image(reference)
         assert state.snapshot_key == top_of(made)
         layers = [d for d, b in made.blobs.items() if not b.startswith(b"{")]
@@ -386,9 +385,7 @@ async def test_what_ctr_pulled_is_used(containerd, namespace, engine, registry, 
 async def test_the_native_snapshotter(containerd, namespace, registry, contents):
     made = three_layers("native")
     reference = push(registry, "pull/native", "1", made)
-    async with serpentine.connect(
-        containerd.address, namespace=namespace, snapshotter="native"
-    ) as engine:
+    async with containerd.connect(namespace=namespace, snapshotter="native") as engine:
         state = await engine.pull_image(reference)
         assert (state.snapshotter, state.snapshot_key) == ("native", top_of(made))
         assert len((await contents("native")).snapshots) == 3

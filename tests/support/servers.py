@@ -13,6 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import serpentine
+from serpentine.containerd import Endpoint
+
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 10.0
 
@@ -131,6 +134,22 @@ class ContainerdServer(Server):
     @property
     def address(self) -> str:
         return str(self.socket)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint.parse(self.address)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What the command line must read to use it."""
+        return {"CONTAINERD_ADDRESS": self.address}
+
+    def here(self, text: str) -> str:
+        """Translate containerd's paths into this machine's: they are the same."""
+        return text
+
+    def connect(self, **more: object) -> serpentine.Engine:
+        return serpentine.connect(self.address, **more)
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "PATH": self.path}

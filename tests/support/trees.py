@@ -8,7 +8,7 @@ import secrets
 import stat
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,12 @@ def walk(root: Path) -> dict[str, dict[str, object]]:
         paths += [Path(folder) / name for name in sorted([*folders, *files])]
     for path in paths:
         name = str(path.relative_to(root))
-        status = path.lstat()
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            # In a directory that one layer alone has, the kernel lists a whiteout, and has nothing.
+            entries[name] = {"type": "whiteout"}
+            continue
         entry: dict[str, object] = {
             "type": stat.filemode(status.st_mode)[0],
             "mode": oct(stat.S_IMODE(status.st_mode)),
@@ -77,8 +82,13 @@ def differences(ours: dict, theirs: dict) -> list[str]:
 
 
 @asynccontextmanager
-async def mounted(client: Containerd, snapshotter: str, key: str) -> AsyncIterator[Path]:
-    """Mount a committed snapshot read-only, as containerd says."""
+async def mounted(
+    client: Containerd, snapshotter: str, key: str, here: Callable[[str], str] = str
+) -> AsyncIterator[Path]:
+    """Mount a committed snapshot read-only, as containerd says.
+
+    ``here`` translates containerd's paths into this machine's.
+    """
     snapshots = client.snapshots(snapshotter)
     view = f"view-{secrets.token_hex(4)}"
     # Without a lease the view would go with the next collection (trap 3).
@@ -90,7 +100,8 @@ async def mounted(client: Containerd, snapshotter: str, key: str) -> AsyncIterat
             options = ",".join([*mount.options, "ro"])
             kind = ["--bind"] if mount.type == "bind" else ["-t", mount.type]
             options = options.replace("rbind,", "")
-            command = ["mount", *kind, "-o", options, mount.source, str(target)]
+            options, source = here(options), here(mount.source)
+            command = ["mount", *kind, "-o", options, source, str(target)]
             subprocess.run(command, check=True, capture_output=True)
         try:
             yield target
@@ -101,7 +112,64 @@ async def mounted(client: Containerd, snapshotter: str, key: str) -> AsyncIterat
         await client.leases.delete(view, sync=True)
 
 
-async def snapshot_tree(client: Containerd, snapshotter: str, key: str) -> dict:
+async def snapshot_tree(
+    client: Containerd, snapshotter: str, key: str, here: Callable[[str], str] = str
+) -> dict:
     """Return the tree of a committed snapshot."""
-    async with mounted(client, snapshotter, key) as root:
+    async with mounted(client, snapshotter, key, here) as root:
         return walk(root)
+
+
+async def layer_folders(client: Containerd, snapshotter: str, key: str) -> list[Path]:
+    """Return the overlay's directories that a committed snapshot is made of, the lowest first.
+
+    They are what containerd wrote itself: whiteouts and opaque marks are seen there.
+    """
+    view = f"view-{secrets.token_hex(4)}"
+    await client.leases.create(view, expires=timedelta(minutes=5))
+    try:
+        (mount,) = await client.snapshots(snapshotter).view(view, key, lease=view)
+    finally:
+        await client.leases.delete(view)
+    if mount.type == "bind":
+        return [Path(mount.source)]
+    (lower,) = (o.partition("=")[2] for o in mount.options if o.startswith("lowerdir="))
+    return [Path(folder) for folder in reversed(lower.split(":"))]
+
+
+def raw_walk(root: Path, before: float) -> dict[str, tuple[object, ...]]:
+    """Describe a directory of an overlay by all that its file system knows.
+
+    before: times that are later were not given by anybody, and count as "now".
+    """
+    entries: dict[str, tuple[object, ...]] = {}
+    inodes: dict[int, str] = {}
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        names = ["."] if Path(folder) == root else []
+        for name in [*names, *folders, *sorted(files)]:
+            path = Path(folder) / name
+            status = path.lstat()
+            relative = str(path.relative_to(root))
+            kind = stat.S_IFMT(status.st_mode)
+            what: object = None
+            if kind == stat.S_IFREG:
+                what = path.read_bytes()
+            elif kind == stat.S_IFLNK:
+                what = str(path.readlink())
+            elif kind in (stat.S_IFCHR, stat.S_IFBLK):
+                what = (os.major(status.st_rdev), os.minor(status.st_rdev))
+            attributes = {
+                attribute: os.getxattr(path, attribute, follow_symlinks=False)
+                for attribute in os.listxattr(path, follow_symlinks=False)
+            }
+            first = "" if kind == stat.S_IFDIR else inodes.setdefault(status.st_ino, relative)
+            entries[relative] = (
+                oct(status.st_mode),
+                (status.st_uid, status.st_gid),
+                "now" if status.st_mtime >= before else status.st_mtime_ns,
+                what,
+                attributes,
+                first,
+            )
+    return entries

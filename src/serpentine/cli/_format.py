@@ -1,10 +1,13 @@
-"""Sizes, speeds and ages for people."""
+"""Sizes, speeds, ages and tables for people."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
-__all__ = ["age", "size"]
+import click
+
+__all__ = ["age", "print_table", "size"]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -29,3 +32,11 @@ def age(now: datetime, then: datetime | None) -> str:
             count = seconds // length
             return f"{count} {unit}{'s' if count > 1 else ''} ago"
     return "just now"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells on stdout, the cells of a column below each other."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from serpentine.cli._format import size
 from serpentine.events import (
+    DaemonBuilding,
+    DaemonNotice,
     DaemonStarted,
     DaemonStarting,
     Event,
@@ -18,10 +20,16 @@ from serpentine.events import (
     LayerStatus,
     OnEvent,
     PullFinished,
+    PullNotice,
     PullPlanned,
     PullResolved,
     PullStarted,
+    ReleaseInstalled,
+    ReleaseProgress,
+    ReleaseWaiting,
     Retrying,
+    VerifyFound,
+    VerifyProgress,
     ignore,
 )
 
@@ -37,6 +45,12 @@ _WORDS = {
     LayerStatus.APPLYING: "applying",
     LayerStatus.DONE: "done",
     LayerStatus.EXISTS: "already there",
+}
+
+_CHECKS = {
+    "blob": "reading",
+    "tree": "unpacking it anew, to compare",
+    "repair": "mending the file tree",
 }
 
 
@@ -73,11 +87,22 @@ def describe(event: Event) -> str | None:
     """Return an event in one line of words; None for those that only move a bar."""
     match event:
         case DaemonStarting():
-            return "starting containerd"
+            where = "" if event.kind == "embedded" else f" in {event.kind.capitalize()}"
+            return f"starting containerd{where}"
+        case DaemonNotice() | PullNotice():
+            return event.text
+        case DaemonBuilding():
+            return f"  {event.line}"
         case DaemonStarted():
             return f"containerd {event.version} answers after {event.seconds:.1f} s"
+        case ReleaseWaiting():
+            return f"another process is installing; waiting until it gives {event.lock} back"
+        case ReleaseInstalled():
+            if not event.bytes_downloaded:
+                return f"already there: {event.directory}"
+            return f"{size(event.bytes_downloaded)} downloaded, {event.seconds:.1f} s"
         case PullStarted():
-            return f"{event.image}: asking the registry"
+            return f"pulling {event.image}"
         case PullResolved():
             return f"{event.image}: {event.manifest_digest} for {event.platform}"
         case PullPlanned():
@@ -85,7 +110,13 @@ def describe(event: Event) -> str | None:
             return f"{event.image}: {len(event.layers)} layers, {there} already unpacked"
         case Retrying():
             return f"retrying {event.what} in {event.delay:.1f} s: {event.reason}"
-        case PullFinished():
+        case VerifyProgress(what="tree" | "repair") if event.offset < event.size:
+            return f"{_short(event.digest)}: {_CHECKS[event.what]}"
+        case VerifyFound():
+            word = "repaired" if event.repaired else "damaged"
+            return f"{event.image}: {event.what} {_short(event.digest)} {word}: {event.problem}"
+        # What was here, and nobody was asked: not worth a line.
+        case PullFinished() if event.registry_requests or event.bytes_downloaded:
             return (
                 f"{event.image}: {size(event.bytes_downloaded)} downloaded,"
                 f" {event.layers_reused} of {event.layers_total} layers were there,"
@@ -99,10 +130,20 @@ class PlainProgress:
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[LayerStatus, float, int]] = {}
+        self._releases: dict[str, tuple[float, int]] = {}
+        self._checks: dict[str, float] = {}
 
     def __call__(self, event: Event) -> None:
         """Print what is worth a line."""
-        line = self._layer(event) if isinstance(event, LayerProgress) else describe(event)
+        match event:
+            case LayerProgress():
+                line = self._layer(event)
+            case ReleaseProgress():
+                line = self._release(event)
+            case VerifyProgress(what="blob"):
+                line = self._check(event)
+            case _:
+                line = describe(event)
         if line is not None:
             print(line, file=sys.stderr, flush=True)  # noqa: T201
 
@@ -118,6 +159,29 @@ class PlainProgress:
             line += f"{begun} {size(event.size)}"
             if status is event.status:
                 line += f", {size((event.offset - offset) / (now - told))}/s"
+        return line
+
+    def _check(self, event: VerifyProgress) -> str | None:
+        """Return a line for a blob that takes long, once it does."""
+        now = time.monotonic()
+        told = self._checks.setdefault(event.digest, now)
+        if event.offset == event.size or now - told < PLAIN_EVERY:
+            return None
+        self._checks[event.digest] = now
+        return f"{_short(event.digest)}: read {size(event.offset)} of {size(event.size)}"
+
+    def _release(self, event: ReleaseProgress) -> str | None:
+        now = time.monotonic()
+        told, offset = self._releases.get(event.url, (now, 0))
+        if event.url not in self._releases:
+            line = f"{event.program} {event.version}: downloading {event.url}"
+        elif now - told >= PLAIN_EVERY:
+            line = f"{event.program} {event.version}: {size(event.offset)}"
+            line += f" of {size(event.size)}" if event.size is not None else ""
+            line += f", {size(max(0, event.offset - offset) / (now - told))}/s"
+        else:
+            return None
+        self._releases[event.url] = (now, event.offset)
         return line
 
 
@@ -141,6 +205,7 @@ class _LiveProgress:
         )
         self._tasks: dict[int, TaskID] = {}
         self._rates: dict[int, _Rate] = {}
+        self._checking: TaskID | None = None
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -163,8 +228,23 @@ class _LiveProgress:
                 )
         if isinstance(event, LayerProgress):
             self._move(event)
+        elif isinstance(event, VerifyProgress):
+            self._check(event)
         elif (line := describe(event)) is not None:
             self._progress.console.print(line, highlight=False, markup=False)
+
+    def _check(self, event: VerifyProgress) -> None:
+        """One line for whatever is checked at the moment: there may be hundreds."""
+        if self._checking is None:
+            self._checking = self._progress.add_task("", name="", word="", amount="", speed="")
+        self._progress.update(
+            self._checking,
+            total=max(event.size, 1),
+            completed=event.offset if event.size else 1,
+            name=_short(event.digest),
+            word=_CHECKS[event.what].partition(" ")[0],
+            amount=f"{size(event.offset)} / {size(event.size)}",
+        )
 
     def _move(self, event: LayerProgress) -> None:
         downloading = event.status is LayerStatus.DOWNLOADING

@@ -1,4 +1,4 @@
-"""``serpentine daemon``: start, stop, status."""
+"""``serpentine daemon``: start, stop, look at, mend and remove the containerd of our own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import click
 
 from serpentine.cli._common import json_option, open_engine, print_json, run, settings_of
 from serpentine.cli._progress import progress
-from serpentine.daemon.discovery import find
+from serpentine.cli.daemon_install import command as install
+from serpentine.daemon.container import ContainerDaemon
+from serpentine.daemon.discovery import existing, find
 from serpentine.daemon.embedded import Embedded
-from serpentine.errors import DaemonError, InvalidSetting
+from serpentine.errors import DaemonError, DaemonFailed, InvalidSetting
 from serpentine.events import ignore
 from serpentine.settings import Settings
+
+NOTHING = "there is no containerd of our own"
 
 
 @click.group(name="daemon")
 def command() -> None:
-    """Start, stop, remove and look at our own containerd."""
+    """Install, start, stop, remove and look at our own containerd."""
+
+
+command.add_command(install)
 
 
 def _ours(ctx: click.Context) -> Settings:
@@ -36,7 +43,7 @@ def _ours(ctx: click.Context) -> Settings:
 @json_option
 @click.pass_context
 def start(ctx: click.Context, as_json: bool) -> None:
-    """Start our own containerd, if it does not run."""
+    """Bring our own containerd up, if it does not run."""
     settings = _ours(ctx)
 
     async def work() -> dict[str, Any]:
@@ -53,7 +60,12 @@ def start(ctx: click.Context, as_json: bool) -> None:
 def stop(ctx: click.Context, as_json: bool) -> None:
     """Stop our own containerd.  Images and snapshots stay."""
     settings = _ours(ctx)
-    stopped = run(Embedded.from_settings(settings).stop)
+
+    async def work() -> bool:
+        daemon = await existing(settings)
+        return daemon is not None and await daemon.stop()
+
+    stopped = run(work)
     if as_json:
         print_json({"stopped": stopped})
     elif not stopped:
@@ -69,11 +81,63 @@ def restart(ctx: click.Context, as_json: bool) -> None:
 
     async def work() -> dict[str, Any]:
         with progress("plain") as show:
-            await Embedded.from_settings(settings).stop()
+            daemon = await existing(settings)
+            if daemon is not None:
+                await daemon.stop()
             await find(settings, on_event=show)
             return await _status(settings)
 
     _print(run(work), as_json=as_json)
+
+
+@command.command()
+@json_option
+@click.pass_context
+def upgrade(ctx: click.Context, as_json: bool) -> None:
+    """Replace our own containerd by the newest build of this version.  Images stay.
+
+    In Docker or Podman the image is built anew, from the newest base image.
+    """
+    settings = _ours(ctx)
+
+    async def work() -> dict[str, Any]:
+        with progress("plain") as show:
+            daemon = await existing(settings)
+            if isinstance(daemon, ContainerDaemon):
+                await daemon.upgrade(on_event=show)
+            elif daemon is not None:
+                await daemon.stop()
+            await find(settings, on_event=show)
+            return await _status(settings)
+
+    _print(run(work), as_json=as_json)
+
+
+@command.command(name="rotate-token")
+@json_option
+@click.pass_context
+def rotate_token(ctx: click.Context, as_json: bool) -> None:
+    """Give Envoy another token and certificate.  containerd and its images stay.
+
+    Calls that are under way through the old Envoy are cut off.
+    """
+    settings = _ours(ctx)
+
+    async def work() -> bool:
+        with progress("plain") as show:
+            daemon = await existing(settings)
+            if not isinstance(daemon, ContainerDaemon):
+                return False
+            return await daemon.rotate_token(on_event=show)
+
+    rotated = run(work)
+    if as_json:
+        print_json({"rotated": rotated})
+    if not rotated:
+        raise DaemonFailed(
+            "there is no token: our own containerd is not reached through Envoy",
+            hint="only '--transport envoy', macOS and Windows use one",
+        )
 
 
 @command.command()
@@ -82,12 +146,17 @@ def restart(ctx: click.Context, as_json: bool) -> None:
 @click.pass_context
 def remove(ctx: click.Context, volumes: bool, as_json: bool) -> None:
     """Stop our own containerd and remove its state; images stay unless --volumes is given."""
-    embedded = Embedded.from_settings(_ours(ctx))
-    removed = run(lambda: embedded.remove(data=volumes))
+    settings = _ours(ctx)
+
+    async def work() -> bool:
+        daemon = await existing(settings)
+        return daemon is not None and await daemon.remove(data=volumes)
+
+    removed = run(work)
     if as_json:
         print_json({"removed": removed})
     elif not removed:
-        click.echo("there is nothing of our own containerd to remove", err=True)
+        click.echo(f"{NOTHING} to remove", err=True)
 
 
 @command.command()
@@ -103,8 +172,16 @@ def remove(ctx: click.Context, volumes: bool, as_json: bool) -> None:
 @click.pass_context
 def logs(ctx: click.Context, lines: int) -> None:
     """Print the last lines that our own containerd wrote."""
-    embedded = Embedded.from_settings(_ours(ctx))
-    for line in embedded.log_tail(lines):
+    settings = _ours(ctx)
+
+    async def work() -> list[str] | None:
+        daemon = await existing(settings)
+        return None if daemon is None else await daemon.log_tail(lines)
+
+    found = run(work)
+    if found is None:
+        click.echo(NOTHING, err=True)
+    for line in found or ():
         click.echo(line)
 
 
@@ -122,25 +199,25 @@ def status(ctx: click.Context, as_json: bool) -> None:
 
 async def _status(settings: Settings) -> dict[str, Any]:
     daemon = await find(settings, on_event=ignore, start=False)
-    embedded = Embedded.from_settings(settings)
     found: dict[str, Any] = {
-        "kind": daemon.kind if daemon else "embedded",
-        "transport": "socket",
-        "endpoint": daemon.endpoint.address if daemon else embedded.endpoint.address,
+        "kind": None,
+        "transport": None,
+        "endpoint": None,
         "running": False,
         "containerd_version": None,
         "snapshotter": None,
         "platform": None,
         "namespace": settings.namespace,
-        "reason": daemon.reason if daemon else "no address was given, and our own does not run",
+        "reason": "no address was given, and none of our own runs",
     }
+    if not settings.address:
+        found |= await _ours_in_detail(settings)
     if daemon is None:
         return found
-    if daemon.kind == "embedded":
-        process = embedded.process()
-        found["pid"] = process.pid if process else None
-        found["root"] = str(embedded.root)
-        found["log"] = str(embedded.log)
+    found["kind"] = daemon.kind
+    found["transport"] = daemon.transport
+    found["endpoint"] = daemon.endpoint.address
+    found["reason"] = daemon.reason
     try:
         async with open_engine(settings) as engine:
             found["running"] = True
@@ -150,6 +227,34 @@ async def _status(settings: Settings) -> dict[str, Any]:
     except DaemonError as error:
         found["reason"] = f"{found['reason']}; {error}"
     return found
+
+
+async def _ours_in_detail(settings: Settings) -> dict[str, Any]:
+    """Return what is known of our own containerd without asking a container engine."""
+    remembered = ContainerDaemon.remembered(settings)
+    if remembered is not None and settings.daemon != "embedded":
+        state = remembered.state
+        return {
+            "kind": remembered.candidate.kind,
+            "transport": state.transport if state else None,
+            "engine": remembered.candidate.url or "podman on the PATH",
+            "container": remembered.names.containerd,
+            "volume": remembered.names.data_volume,
+            "reason": f"our own in {remembered.candidate.kind.capitalize()} does not run",
+        }
+    embedded = Embedded.from_settings(settings)
+    if not embedded.exists():
+        return {}
+    process = embedded.process()
+    return {
+        "kind": "embedded",
+        "transport": "socket",
+        "endpoint": embedded.endpoint.address,
+        "pid": process.pid if process else None,
+        "root": str(embedded.root),
+        "log": str(embedded.log),
+        "reason": "our own containerd does not run",
+    }
 
 
 def _print(found: dict[str, Any], *, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import click
 
 from serpentine import LocalImage
 from serpentine.cli._common import json_option, open_engine, print_json, run, settings_of
-from serpentine.cli._format import age, size
+from serpentine.cli._format import age, print_table, size
 
 
 @click.command(name="images")
@@ -43,7 +43,4 @@ def command(ctx: click.Context, quiet: bool, as_json: bool) -> None:
             )
             for image in images
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            click.echo("  ".join(cells).rstrip())
+        print_table(rows)

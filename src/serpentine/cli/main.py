@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -9,17 +10,30 @@ from importlib import import_module
 import click
 
 from serpentine._version import __version__
-from serpentine.errors import InputError, SerpentineError
+from serpentine.errors import SerpentineError, StepError
+from serpentine.settings import DAEMONS, TRANSPORTS
 
 __all__ = ["cli", "main"]
 
 # name -> (module, one line of help).  The help of the whole needs no module of a command.
 COMMANDS = {
     "pull": ("serpentine.cli.pull", "Pull an image from a registry and unpack it."),
+    "lock": ("serpentine.cli.lock", "Pin tags to digests, in a file."),
+    "run": ("serpentine.cli.run", "Run a command on an image."),
+    "shell": ("serpentine.cli.run", "Open a shell in an image."),
+    "cp": ("serpentine.cli.cp", "Copy files into an image, or out of one."),
     "images": ("serpentine.cli.images", "List the images that are there."),
     "inspect": ("serpentine.cli.inspect", "Show the state of an image as JSON."),
     "rmi": ("serpentine.cli.rmi", "Remove images."),
-    "daemon": ("serpentine.cli.daemon", "Start, stop, remove and look at our own containerd."),
+    "explain": ("serpentine.cli.explain", "Tell what a pull did, and why."),
+    "df": ("serpentine.cli.df", "Show how much is there, and what could be freed."),
+    "prune": ("serpentine.cli.prune", "Remove what is not needed."),
+    "verify": ("serpentine.cli.verify", "Check blobs and file trees, and mend them."),
+    "daemon": (
+        "serpentine.cli.daemon",
+        "Install, start, stop, remove and look at our own containerd.",
+    ),
+    "doctor": ("serpentine.cli.doctor", "Check each part, and say how to mend what fails."),
     "version": ("serpentine.cli.version", "Show the version."),
 }
 
@@ -27,6 +41,8 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+# Of what our stdout is, and not of anything that we look after.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 class _LazyGroup(click.Group):
@@ -38,7 +54,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = import_module(COMMANDS[cmd_name][0]).command
+        module = import_module(COMMANDS[cmd_name][0])
+        command = getattr(module, "shell" if cmd_name == "shell" else "command")
         assert isinstance(command, click.Command)
         return command
 
@@ -66,15 +83,57 @@ class _LazyGroup(click.Group):
     metavar="NAME",
     help="Snapshotter to unpack with.  [env: CONTAINERD_SNAPSHOTTER]",
 )
+@click.option(
+    "--daemon",
+    type=click.Choice(DAEMONS),
+    help="Kind of our own containerd; the first that can be had by default."
+    "  [env: SERPENTINE_DAEMON]",
+)
+@click.option(
+    "--transport",
+    type=click.Choice(TRANSPORTS),
+    help="How to reach it in Docker or Podman: 'socket' on Linux, else 'envoy'."
+    "  [env: SERPENTINE_TRANSPORT]",
+)
+@click.option(
+    "--offline",
+    is_flag=True,
+    help="Ask no registry and download nothing; what is here must do.  [env: SERPENTINE_OFFLINE]",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(("info", "debug"), case_sensitive=False),
+    envvar="SERPENTINE_LOG",
+    help="Log what happens, on stderr.  [env: SERPENTINE_LOG]",
+)
 @click.pass_context
 def cli(
-    ctx: click.Context, address: str | None, namespace: str | None, snapshotter: str | None
+    ctx: click.Context,
+    address: str | None,
+    namespace: str | None,
+    snapshotter: str | None,
+    daemon: str | None,
+    transport: str | None,
+    offline: bool,
+    log_level: str | None,
 ) -> None:
     """Serpentine, a container engine on containerd.
 
     Results go to stdout, everything else to stderr.
     """
-    ctx.obj = {"address": address, "namespace": namespace, "snapshotter": snapshotter}
+    if log_level:
+        from serpentine.cli._logging import log_to_stderr
+
+        log_to_stderr(ctx, log_level)
+    ctx.obj = {
+        "address": address,
+        "namespace": namespace,
+        "snapshotter": snapshotter,
+        "daemon": daemon,
+        "transport": transport,
+        # Not given is not "no": the environment may say yes.
+        "offline": offline or None,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -93,7 +152,11 @@ def _run(arguments: list[str] | None) -> int:
     except SerpentineError as error:
         remedy = f"; {error.hint}" if error.hint else ""
         click.echo(f"serpentine: {error}{remedy}", err=True)
-        return EXIT_USAGE if isinstance(error, InputError) and _is_usage(error) else EXIT_FAILURE
+        if isinstance(error, StepError):
+            return error.exit_code
+        from serpentine.cli._common import is_usage
+
+        return EXIT_USAGE if is_usage(error) else EXIT_FAILURE
     except (KeyboardInterrupt, click.Abort):
         click.echo("serpentine: interrupted", err=True)
         return EXIT_INTERRUPTED
@@ -101,11 +164,10 @@ def _run(arguments: list[str] | None) -> int:
         # Whoever read us has gone.  Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise  # a bug of ours
+        click.echo(f"serpentine: cannot write the output: {error.strerror}; make room", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
     return status if isinstance(status, int) else 0
-
-
-def _is_usage(error: InputError) -> bool:
-    """Tell a mistake of usage (a flag, a setting) from bad input (a reference)."""
-    from serpentine.errors import InvalidReference
-
-    return not isinstance(error, InvalidReference)

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import click
 
-from serpentine.cli._common import json_option, open_engine, print_json, run, settings_of
-from serpentine.cli._progress import MODES, progress
+from serpentine.cli._common import (
+    frozen_options,
+    insecure_option,
+    json_option,
+    open_engine,
+    print_json,
+    progress_options,
+    pull_option,
+    run,
+    settings_of,
+)
+from serpentine.cli._progress import progress
 from serpentine.events import Event, PullFinished
 from serpentine.model.platform import Platform
 from serpentine.model.reference import Reference
@@ -19,22 +29,15 @@ from serpentine.model.state import ContainerState
     metavar="OS/ARCH[/VARIANT]",
     help="Platform to pull for; by default the one of containerd's machine.",
 )
+@insecure_option
 @click.option(
-    "--insecure-registry",
-    "insecure",
-    metavar="HOST[:PORT]",
-    multiple=True,
-    help="Registry that may be reached over plain HTTP, or with any certificate.  Repeatable.",
+    "--limit-rate",
+    metavar="RATE",
+    help="Download at most so many bytes a second, as 500k or 10M.  [env: SERPENTINE_LIMIT_RATE]",
 )
-@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
-@click.option(
-    "--progress",
-    "mode",
-    type=click.Choice(MODES),
-    default="auto",
-    show_default=True,
-    help="How to show progress, on stderr.",
-)
+@pull_option("always")
+@frozen_options
+@progress_options
 @json_option
 @click.pass_context
 def command(
@@ -42,6 +45,10 @@ def command(
     image: str,
     platform: str | None,
     insecure: tuple[str, ...],
+    limit_rate: str | None,
+    pull: str,
+    frozen: bool | None,
+    lock_file: str | None,
     quiet: bool,
     mode: str,
     as_json: bool,
@@ -52,10 +59,9 @@ def command(
     """
     reference = Reference.parse(image)
     wanted = Platform.parse(platform) if platform else None
-    settings = settings_of(ctx)
-    if insecure:
-        more = (*settings.insecure_registries, *insecure)
-        settings = settings_of(ctx, insecure_registries=more)
+    settings = settings_of(
+        ctx, frozen=frozen, lock_file=lock_file, insecure=insecure, limit_rate=limit_rate
+    )
     finished: list[PullFinished] = []
 
     async def work() -> ContainerState:
@@ -67,7 +73,7 @@ def command(
                 show(event)
 
             async with open_engine(settings, on_event) as engine:
-                return await engine.pull_image(reference, platform=wanted)
+                return await engine.pull_image(reference, platform=wanted, pull=pull)
 
     state = run(work)
     if as_json:

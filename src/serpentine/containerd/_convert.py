@@ -22,9 +22,13 @@ __all__ = [
 ]
 
 
+# Go's zero time, the first of January of the year 1.  Tasks have it where nothing has happened yet.
+_GO_ZERO = -62135596800
+
+
 def time_from(value: Timestamp) -> datetime | None:
     """Return a moment in UTC; None where none was set."""
-    if not value.seconds and not value.nanos:
+    if value.seconds in (0, _GO_ZERO) and not value.nanos:
         return None
     return value.ToDatetime(tzinfo=UTC)
 

@@ -39,6 +39,15 @@ _LOCKED_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN)
 _LOCKED = re.compile(r"\bref .* locked\b", re.DOTALL)
 _NO_SPACE = "no space left on device"
 
+# What a shim says, without a code, of a process that is not in the state for it; 1.6 adds what
+# code it has.
+_STATE = re.compile(r"\bcannot \w+ (a|in a) \w+ (process|container|state)(: unknown)?$")
+
+# What gRPC says, with a code that means nothing, of a stream that a proxy or a server which died
+# has cut.  The last is Python's own word for a message that could not be sent: of most writes that
+# are under way when containerd is killed, nothing better is ever known.
+_CUT = re.compile(r"^Stream removed\b|\bRST_STREAM\b|^Internal error from Core$")
+
 _HINTS: dict[type[ContainerdError], str] = {
     errors.Unavailable: "look whether containerd still runs, and try again",
     errors.DeadlineExceeded: "containerd is busy or stuck; look at its log",
@@ -56,4 +65,9 @@ def translate(code: grpc.StatusCode, details: str | None) -> ContainerdError:
         kind = errors.Locked
     elif _NO_SPACE in details.lower():
         kind = errors.NoSpace  # trap 25: comes as UNKNOWN
+    elif code is grpc.StatusCode.UNKNOWN and _STATE.search(details):
+        kind = errors.FailedPrecondition
+    elif kind is ContainerdError and _CUT.search(details):
+        kind = errors.Unavailable
+        details = f"the connection was cut ({details})"
     return kind(f"containerd: {details}", code=code.name, hint=_HINTS.get(kind, ""))

@@ -72,6 +72,8 @@ class Channel:
         if self._channel is None:
             address = self.endpoint.address
             options = [*_OPTIONS, *(_UNIX_OPTIONS if self.endpoint.socket_path else _TCP_OPTIONS)]
+            if self.endpoint.server_name is not None:
+                options.append(("grpc.ssl_target_name_override", self.endpoint.server_name))
             if self.endpoint.root_certificates is not None:
                 credentials = grpc.ssl_channel_credentials(self.endpoint.root_certificates)
                 self._channel = grpc.aio.secure_channel(address, credentials, options=options)

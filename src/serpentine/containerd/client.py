@@ -12,6 +12,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from serpentine.containerd._proto import version_pb2
 from serpentine.containerd.channel import Channel, unreachable
+from serpentine.containerd.containers import Containers
 from serpentine.containerd.content import Content
 from serpentine.containerd.diff import Diff
 from serpentine.containerd.endpoint import Endpoint
@@ -20,6 +21,7 @@ from serpentine.containerd.introspection import Introspection
 from serpentine.containerd.leases import Leases
 from serpentine.containerd.namespaces import Namespaces
 from serpentine.containerd.snapshots import Snapshots
+from serpentine.containerd.tasks import Tasks
 from serpentine.containerd.types import VersionInfo
 from serpentine.errors import (
     ContainerdError,
@@ -31,10 +33,13 @@ from serpentine.errors import (
     Unavailable,
 )
 
-__all__ = ["Containerd"]
+__all__ = ["PROXY_ALONE", "Containerd"]
 
 _VERSION = "/containerd.services.version.v1.Version/Version"
 CHECK_TIMEOUT = 10.0
+
+# What Envoy answers, as we configure it, when it cannot reach containerd.
+PROXY_ALONE = "the proxy answers, the containerd behind it does not"
 
 # How long to wait before asking a daemon again that is not ready, in seconds.
 READY_DELAY = 0.05
@@ -67,6 +72,8 @@ class Containerd:
         self.leases = Leases(self._channel)
         self.images = Images(self._channel)
         self.namespaces = Namespaces(self._channel)
+        self.containers = Containers(self._channel)
+        self.tasks = Tasks(self._channel)
         self.introspection = Introspection(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -134,7 +141,10 @@ class Containerd:
                 hint=error.hint,
             )
         if isinstance(error, Unavailable | DeadlineExceeded):
-            return unreachable(self.endpoint, "no containerd answers there")
+            # A proxy of ours says it in its own words.
+            proxy = PROXY_ALONE in str(error)
+            why = PROXY_ALONE if proxy else "no containerd answers there"
+            return unreachable(self.endpoint, why)
         return unreachable(
             self.endpoint, f"what answers there is no containerd ({error.code.lower()})"
         )

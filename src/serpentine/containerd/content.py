@@ -202,9 +202,18 @@ class Content:
 
     @asynccontextmanager
     async def writer(
-        self, ref: str, *, total: int, expected: Digest, lease: str | None = None
+        self,
+        ref: str,
+        *,
+        total: int = 0,
+        expected: Digest | None = None,
+        lease: str | None = None,
+        careful: bool = False,
     ) -> AsyncIterator[ContentWriter]:
         """Open the stream that writes the blob ``expected`` of ``total`` bytes.
+
+        Both may be unknown until ``commit``.  careful: wait for the answer to each message, so
+        that no error can be lost; slower.
 
         Raises AlreadyExists when the blob is there (and then it is in the lease: trap 8),
         Locked when another client writes this ref.  ``offset`` says what an earlier attempt
@@ -214,6 +223,8 @@ class Content:
             _SERVICE + "Write", pb.WriteContentResponse, lease=lease
         ) as call:
             writer = ContentWriter(self, call, ref, total, expected, lease)
+            if careful:
+                writer._most_in_flight = 1
             await writer._open()
             yield writer
 
@@ -316,6 +327,7 @@ class ContentWriter:
         self._call = call
         self._lease = lease
         self._in_flight = 0
+        self._most_in_flight = MAX_IN_FLIGHT
         self._waiting: list[bytes] = []
         self._waiting_size = 0
         self.ref = ref
@@ -327,6 +339,11 @@ class ContentWriter:
     def is_open(self) -> bool:
         """Whether the stream stands, and with it our hold of the ref."""
         return not self._call.done()
+
+    async def check(self) -> None:
+        """Raise what ended the stream, if anything has."""
+        if self._call.done():
+            raise await self._ended()
 
     async def _open(self) -> Self:
         await self._send(pb.STAT, ref=self.ref)
@@ -359,18 +376,24 @@ class ContentWriter:
         self.offset = (await self._answer()).offset
 
     async def _send_data(self, offset: int, data: bytes) -> None:
-        if self._in_flight >= MAX_IN_FLIGHT:
+        if self._in_flight >= self._most_in_flight:
             await self._answer()
         await self._send(pb.WRITE, offset=offset, data=data)
 
-    async def commit(self, labels: Mapping[str, str] | None = None) -> None:
+    async def commit(
+        self, labels: Mapping[str, str] | None = None, *, expected: Digest | None = None
+    ) -> None:
         """Make the blob visible; containerd checks size and digest first.
+
+        expected: the digest, if it was not known before; the size is what was written.
 
         A blob that somebody else committed meanwhile is a success, too: it gets the labels and
         is put into the lease.  Raises FailedPrecondition for a wrong digest or size; the ingest
         is thrown away then, or each later attempt would find it complete and fail again
         (trap 6).
         """
+        if expected is not None:
+            self.expected, self.total = expected, self.offset
         try:
             # The last bytes go along with it, which saves a small blob a round trip (trap 11).
             rest, self._waiting, self._waiting_size = b"".join(self._waiting), [], 0

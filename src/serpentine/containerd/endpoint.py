@@ -23,13 +23,16 @@ class Endpoint:
     """A unix socket (``unix:///path``) or ``host:port``.
 
     ``metadata`` goes with every call and may hold a token, ``root_certificates`` (PEM) makes
-    the connection a TLS one; neither appears in ``repr``.  Raises InvalidSetting for metadata
-    that cannot be sent: a key needs lower case, a value printable ASCII.
+    the connection a TLS one; neither appears in ``repr``.  ``server_name`` is whose certificate
+    it must be, and what ``:authority`` says; by default the host of the address.  Raises
+    InvalidSetting for metadata that cannot be sent: a key needs lower case, a value printable
+    ASCII.
     """
 
     address: str
     metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     root_certificates: bytes | None = field(default=None, repr=False)
+    server_name: str | None = None
 
     def __post_init__(self) -> None:
         for key, value in self.metadata:

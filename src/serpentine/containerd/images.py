@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -11,11 +12,14 @@ from serpentine.containerd._convert import descriptor_from, descriptor_to, time_
 from serpentine.containerd._proto import images_pb2 as pb
 from serpentine.containerd.channel import UNARY_TIMEOUT, Channel
 from serpentine.containerd.types import ImageRecord
-from serpentine.errors import AlreadyExists, InvalidArgument
+from serpentine.errors import AlreadyExists, InvalidArgument, NotFound
+from serpentine.model.documents import Descriptor
 
 __all__ = ["Images"]
 
 _SERVICE = "/containerd.services.images.v1.Images/"
+# How often a record may be made and deleted by others while we write it.
+PUT_TRIES = 10
 
 
 class Images:
@@ -55,14 +59,28 @@ class Images:
 
     async def put(self, record: ImageRecord) -> ImageRecord:
         """Make a record, or point the one of this name at the target; its labels stay."""
-        try:
-            return await self.create(record)
-        except AlreadyExists:
-            return await self.update(record, ["target"])
+        # There is no call that does either: another client may make the record, or delete it,
+        # in between.  Who loses twice in a row has lost to two others.
+        for _ in range(PUT_TRIES):
+            with suppress(AlreadyExists):
+                return await self.create(record)
+            with suppress(NotFound):
+                return await self.update(record, ["target"])
+        return await self.create(record)
 
-    async def delete(self, name: str, *, sync: bool = False) -> None:
-        """Delete a record; raises NotFound.  With ``sync``, return after the collector ran."""
-        request = pb.DeleteImageRequest(name=name, sync=sync)
+    async def delete(
+        self, name: str, *, target: Descriptor | None = None, sync: bool = False
+    ) -> None:
+        """Delete a record; raises NotFound.  With ``sync``, return after the collector ran.
+
+        target: delete it only if it stands for this, and raise NotFound otherwise; older
+            containerds do not look (seen: 2.3 does, 1.6 does not).
+        """
+        request = pb.DeleteImageRequest(
+            name=name,
+            sync=sync,
+            target=None if target is None else descriptor_to(target),
+        )
         # The collector may have gigabytes to remove.
         timeout = None if sync else UNARY_TIMEOUT
         await self._channel.unary(_SERVICE + "Delete", request, Empty, timeout=timeout)

@@ -15,6 +15,7 @@ from serpentine.model.platform import Platform
 __all__ = ["Introspection"]
 
 _SERVICE = "/containerd.services.introspection.v1.Introspection/"
+_CONTENT = "io.containerd.content.v1"
 _SNAPSHOTTER = "io.containerd.snapshotter.v1"
 
 
@@ -39,6 +40,17 @@ class Introspection:
         """Return the snapshotters that work."""
         found = await self.plugins([f"type=={_SNAPSHOTTER}"])
         return [plugin for plugin in found if plugin.init_error is None]
+
+    async def capabilities(self, snapshotter: str) -> tuple[str, ...]:
+        """Return what a snapshotter can do besides what all can, as ``rebase``."""
+        found = await self.plugins([f"type=={_SNAPSHOTTER},id=={snapshotter}"])
+        return next((plugin.capabilities for plugin in found if plugin.init_error is None), ())
+
+    async def roots(self, snapshotter: str) -> list[str]:
+        """Return the directories of blobs and of a snapshotter, as far as containerd tells them."""
+        found = await self.plugins([f"type=={_CONTENT}", f"type=={_SNAPSHOTTER},id=={snapshotter}"])
+        roots = {plugin.type: plugin.exports.get("root", "") for plugin in found}
+        return [root for kind in (_CONTENT, _SNAPSHOTTER) if (root := roots.get(kind))]
 
     async def host_platform(self) -> Platform:
         """Return the platform of the machine that containerd runs on.

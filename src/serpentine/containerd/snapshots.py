@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import time
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
 
 from serpentine.containerd._convert import label_mask, mounts_from, time_from
 from serpentine.containerd._proto import snapshots_pb2 as pb
 from serpentine.containerd.channel import Channel
 from serpentine.containerd.types import Mount, SnapshotInfo, SnapshotKind, SnapshotUsage
+from serpentine.errors import ContainerdError
 
 __all__ = ["Snapshots"]
 
 _SERVICE = "/containerd.services.snapshots.v1.Snapshots/"
+_LEFT_BEHIND = re.compile(r"failed to rename: .*: file exists")
+# In seconds; containerd's collector runs 0.1 after the start, or when a machine is slow, later.
+LEFT_BEHIND_PATIENCE = 10.0
+LEFT_BEHIND_DELAY = 0.1
+
+_M = TypeVar("_M", bound=Message)
 
 
 class Snapshots:
@@ -40,9 +52,7 @@ class Snapshots:
         request = pb.PrepareSnapshotRequest(
             snapshotter=self.name, key=key, parent=parent, labels=labels or {}
         )
-        answer = await self._channel.unary(
-            _SERVICE + "Prepare", request, pb.PrepareSnapshotResponse, lease=lease
-        )
+        answer = await self._make("Prepare", request, pb.PrepareSnapshotResponse, lease)
         return mounts_from(answer.mounts)
 
     async def view(
@@ -60,10 +70,24 @@ class Snapshots:
         request = pb.ViewSnapshotRequest(
             snapshotter=self.name, key=key, parent=parent, labels=labels or {}
         )
-        answer = await self._channel.unary(
-            _SERVICE + "View", request, pb.ViewSnapshotResponse, lease=lease
-        )
+        answer = await self._make("View", request, pb.ViewSnapshotResponse, lease)
         return mounts_from(answer.mounts)
+
+    async def _make(self, method: str, request: Message, answer: type[_M], lease: str | None) -> _M:
+        """Make a snapshot, waiting for the collector if a killed containerd left its directory.
+
+        One that is killed between making a snapshot's directory and noting it gives the same
+        number away when it runs again.  Its collector takes the directory away, but only a few
+        tenths of a second after the start.
+        """
+        deadline = time.monotonic() + LEFT_BEHIND_PATIENCE
+        while True:
+            try:
+                return await self._channel.unary(_SERVICE + method, request, answer, lease=lease)
+            except ContainerdError as error:
+                if not _LEFT_BEHIND.search(str(error)) or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(LEFT_BEHIND_DELAY)
 
     async def mounts(self, key: str) -> list[Mount]:
         """Return the mounts of an active snapshot or a view; raises NotFound."""

@@ -13,6 +13,7 @@ from serpentine.model.platform import Platform
 
 __all__ = [
     "BlobInfo",
+    "ContainerRecord",
     "ImageRecord",
     "IngestStatus",
     "Lease",
@@ -22,6 +23,10 @@ __all__ = [
     "SnapshotInfo",
     "SnapshotKind",
     "SnapshotUsage",
+    "TaskExit",
+    "TaskInfo",
+    "TaskMetrics",
+    "TaskStatus",
     "VersionInfo",
 ]
 
@@ -133,3 +138,65 @@ class PluginInfo:
     capabilities: tuple[str, ...]
     exports: Mapping[str, str]
     init_error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerRecord:
+    """What may run: an OCI runtime configuration (``spec``, as JSON) and its snapshot."""
+
+    id: str
+    spec: bytes
+    snapshotter: str
+    snapshot_key: str
+    runtime: str
+    image: str
+    labels: Mapping[str, str]
+    created_at: datetime | None
+    updated_at: datetime | None
+
+
+class TaskStatus(Enum):
+    """What a process does."""
+
+    UNKNOWN = 0
+    CREATED = 1
+    RUNNING = 2
+    STOPPED = 3
+    PAUSED = 4
+    PAUSING = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """A process of a container; ``exit_status`` counts once it is STOPPED.
+
+    ``id`` is the container's, or that of a process which was added.  ``pid`` is containerd's
+    machine's.
+    """
+
+    id: str
+    pid: int
+    status: TaskStatus
+    exit_status: int
+    exited_at: datetime | None
+    stdin: str
+    stdout: str
+    stderr: str
+    terminal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskExit:
+    """How a process ended: its own status, or 128 and the number of the signal."""
+
+    status: int
+    exited_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMetrics:
+    """What the kernel counted for a container: a protobuf message, whose kind ``type_url`` says."""
+
+    type_url: str
+    value: bytes
+    taken_at: datetime | None

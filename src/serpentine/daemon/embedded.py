@@ -12,15 +12,17 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from serpentine._concurrency import shielded
 from serpentine.containerd import Containerd, Endpoint, VersionInfo
+from serpentine.daemon._lock import locked
+from serpentine.daemon.releases import search_path
 from serpentine.errors import (
     ContainerdError,
     DaemonError,
@@ -40,25 +42,6 @@ MAX_LOG = 10 * 1024 * 1024
 LOG_TAIL = 5
 # A line of containerd's log is rarely longer; enough bytes for a tail of so many lines.
 LOG_LINE = 2048
-
-# Trap 59: what we never use only makes the start slower and the surface larger.  A containerd
-# that does not know a name ignores it, so one list serves every version.
-DISABLED_PLUGINS = (
-    "io.containerd.grpc.v1.cri",
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
-    "io.containerd.podsandbox.controller.v1.podsandbox",
-    "io.containerd.nri.v1.nri",
-    "io.containerd.internal.v1.opt",
-    "io.containerd.internal.v1.restart",
-    "io.containerd.internal.v1.tracing",
-    "io.containerd.tracing.processor.v1.otlp",
-    "io.containerd.snapshotter.v1.aufs",
-    "io.containerd.snapshotter.v1.btrfs",
-    "io.containerd.snapshotter.v1.devmapper",
-    "io.containerd.snapshotter.v1.zfs",
-    "io.containerd.snapshotter.v1.blockfile",
-)
 
 # What another containerd or a service manager left in the environment is not meant for ours.
 _NOT_INHERITED = ("CONTAINERD_", "LISTEN_", "NOTIFY_SOCKET", "WATCHDOG_", "GRPC_", "OTEL_")
@@ -125,6 +108,14 @@ class Embedded:
     def _pid_file(self) -> Path:
         return self.run_dir / "containerd.pid"
 
+    def search_path(self) -> str:
+        """Return where containerd, its shim and runc are looked for."""
+        return search_path(self.data_dir)
+
+    def exists(self) -> bool:
+        """Tell whether there is anything of it: a process, a socket, data."""
+        return any(path.exists() for path in (self._pid_file, self.socket, self.root))
+
     async def running(self) -> VersionInfo | None:
         """Return the version of the containerd that answers, or None if none does."""
         async with Containerd(self.endpoint) as client:
@@ -144,6 +135,14 @@ class Embedded:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         return process if process.is_alive() else None
+
+    def program(self) -> Path | None:
+        """Return the program that the process runs which we started last; None without one."""
+        process = self.process()
+        # PermissionError: root's, and we are not.
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{process.pid}/exe").readlink() if process else None
+        return None
 
     async def start(self, *, on_event: OnEvent) -> VersionInfo:
         """Make sure that it runs, and return its version; quick when it does.
@@ -220,8 +219,11 @@ class Embedded:
                     path.unlink(missing_ok=True)
         return True
 
-    def log_tail(self, lines: int = LOG_TAIL) -> list[str]:
+    async def log_tail(self, lines: int) -> list[str]:
         """Return the last lines of its log."""
+        return await asyncio.to_thread(self._log_tail, lines)
+
+    def _log_tail(self, lines: int = LOG_TAIL) -> list[str]:
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - lines * LOG_LINE))
@@ -244,20 +246,8 @@ class Embedded:
 
     @asynccontextmanager
     async def _locked(self) -> AsyncIterator[None]:
-        """Let one process at a time start or stop the daemon; freed by the kernel on death."""
         self._make_directories()
-        with (self.run_dir / "lock").open("w") as file:
-            deadline = time.monotonic() + LOCK_TIMEOUT
-            while True:
-                if _try_lock(file.fileno()):
-                    break
-                if time.monotonic() > deadline:
-                    raise DaemonFailed(
-                        f"another process has been starting or stopping containerd for"
-                        f" {LOCK_TIMEOUT:.0f} seconds",
-                        hint=f"end that process; it holds {self.run_dir / 'lock'}",
-                    )
-                await asyncio.sleep(0.02)
+        async with locked(self.run_dir / "lock", timeout=LOCK_TIMEOUT):
             yield
 
     def _make_directories(self) -> None:
@@ -279,9 +269,13 @@ class Embedded:
             ) from None
 
     async def _spawn(self) -> Process:
-        binary = shutil.which("containerd")
+        path = self.search_path()
+        binary = shutil.which("containerd", path=path)
         if binary is None:
-            raise DaemonFailed("containerd is not on the PATH", hint="install containerd and runc")
+            raise DaemonFailed(
+                "containerd is not on the PATH",
+                hint="run 'serpentine daemon install', or install containerd and runc",
+            )
         config = self.run_dir / "containerd.toml"
         config.write_text(render_config(self.root, self.run_dir / "state", self.socket))
         with contextlib.suppress(FileNotFoundError):
@@ -301,7 +295,8 @@ class Embedded:
             binary,
             "--config",
             str(config),
-            env={**environment, "LOG": str(self.log)},
+            # containerd finds the shim and runc on its PATH.
+            env={**environment, "PATH": path, "LOG": str(self.log)},
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
@@ -332,7 +327,7 @@ class Embedded:
         )
 
     def _died(self) -> DaemonFailed:
-        tail = " | ".join(self.log_tail())
+        tail = " | ".join(self._log_tail())
         return DaemonFailed(
             f"containerd ended while it was starting: {tail or 'it printed nothing'}",
             address=str(self.socket),
@@ -341,18 +336,18 @@ class Embedded:
 
 
 def render_config(root: Path, state: Path, socket: Path) -> str:
-    """Return our containerd's configuration (format version 2: read by 1.6 and by 2.x)."""
-    # A JSON string is a TOML basic string, too.
-    disabled = ",\n  ".join(json.dumps(name) for name in DISABLED_PLUGINS)
+    """Return our containerd's configuration: what we leave out, and where its files are.
+
+    Trap 59: what we never use only makes the start slower and the surface larger.
+    """
+    without = (files("serpentine.daemon") / "image" / "containerd.toml").read_text()
+    # A JSON string is a TOML basic string, too.  Keys of the top level come before tables.
     return f"""\
 # Written by serpentine at each start; changes are lost.
-version = 2
 root = {json.dumps(str(root))}
 state = {json.dumps(str(state))}
-disabled_plugins = [
-  {disabled},
-]
 
+{without}
 [grpc]
   address = {json.dumps(str(socket))}
 
@@ -366,18 +361,6 @@ def mounts_below(mounts: str, folders: tuple[Path, ...]) -> list[str]:
     prefixes = tuple(f"{folder}/" for folder in folders)
     targets = [line.split()[1] for line in mounts.splitlines()]
     return [target for target in targets if target.startswith(prefixes)]
-
-
-def _try_lock(file: int) -> bool:
-    """Take the lock of an open file, if nobody holds it; it goes with the file or its holder."""
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
 
 
 async def _end(process: Process) -> None:

@@ -50,6 +50,7 @@ SCHEMA1_TYPES = frozenset(
     }
 )
 _OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
+OCI_LAYER_GZIP = f"{_OCI_LAYER}+gzip"
 _OCI_FOREIGN = "application/vnd.oci.image.layer.nondistributable.v1.tar"
 LAYER_TYPES = frozenset(
     {
@@ -66,6 +67,10 @@ ATTESTATION_ANNOTATION = "vnd.docker.reference.type"
 # More layers than any tool can stack (overlayfs and Docker stop at 127); a bound for hostile
 # documents, not a promise.
 MAX_LAYERS = 1000
+# Sizes travel as 64-bit integers with a sign, in Go and to containerd.
+MAX_SIZE = 2**63 - 1
+# How much of a text that a stranger wrote is repeated in an error.
+_SHOWN = 100
 
 
 class PlatformEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +136,16 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     annotations: dict[str, str] | None = None
 
 
+class HealthConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The ``Healthcheck`` member of an image config, as Docker writes it; times in nanoseconds."""
+
+    test: list[str] | None = msgspec.field(default=None, name="Test")
+    interval: int = msgspec.field(default=0, name="Interval")
+    timeout: int = msgspec.field(default=0, name="Timeout")
+    start_period: int = msgspec.field(default=0, name="StartPeriod")
+    retries: int = msgspec.field(default=0, name="Retries")
+
+
 class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The ``config`` member of an image config: how to run a process."""
 
@@ -141,6 +156,7 @@ class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
     working_dir: str | None = msgspec.field(default=None, name="WorkingDir")
     labels: dict[str, str] | None = msgspec.field(default=None, name="Labels")
     stop_signal: str | None = msgspec.field(default=None, name="StopSignal")
+    healthcheck: HealthConfig | None = msgspec.field(default=None, name="Healthcheck")
 
 
 class RootFS(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,13 +242,13 @@ def decode_document(data: bytes, media_type: str, what: str) -> Manifest | Index
     known = MANIFEST_TYPES | INDEX_TYPES
     if own and media_type in known and own != media_type:
         raise InvalidDocument(
-            f"{what} says that it is {own!r}, but is served as {media_type!r}",
+            f"{what} says that it is {own[:_SHOWN]!r}, but is served as {media_type!r}",
             hint="the image has to be pushed again",
         )
     kind = own or (media_type if media_type in known else "")
     if kind and kind not in known:
         raise UnsupportedImage(
-            f"{what} is of type {kind!r}, which is no image", hint="name an image"
+            f"{what} is of type {kind[:_SHOWN]!r}, which is no image", hint="name an image"
         )
     has_manifests = bytes(probe.manifests) != b"null"
     if has_manifests and bytes(probe.layers) != b"null":
@@ -244,7 +260,7 @@ def decode_document(data: bytes, media_type: str, what: str) -> Manifest | Index
     document = _decode(data, Index, what) if is_index else _decode(data, Manifest, what)
     if document.schema_version != 2:
         raise InvalidDocument(
-            f"{what} has schemaVersion {document.schema_version}, not 2",
+            f"{what} has schemaVersion {str(document.schema_version)[:_SHOWN]}, not 2",
             hint="the image has to be pushed again",
         )
     parts = document.manifests if isinstance(document, Index) else document.layers
@@ -259,6 +275,11 @@ def decode_document(data: bytes, media_type: str, what: str) -> Manifest | Index
     if any(size < 0 for size in sizes):
         raise InvalidDocument(
             f"{what} has a negative size in it", hint="the image has to be pushed again"
+        )
+    if any(size > MAX_SIZE for size in sizes):
+        raise InvalidDocument(
+            f"{what} has a size in it that nothing can have",
+            hint="the image has to be pushed again",
         )
     return document
 
@@ -287,7 +308,7 @@ def layers_of(manifest: Manifest, config: ImageConfig, what: str) -> tuple[Layer
         if descriptor.media_type not in LAYER_TYPES:
             raise UnsupportedImage(
                 f"{what} is no image that can be unpacked: it has a layer of type"
-                f" {descriptor.media_type!r}",
+                f" {descriptor.media_type[:_SHOWN]!r}",
                 hint="it may be an artifact (a chart, a signature); name an image",
             )
     diff_ids = tuple((config.rootfs.diff_ids if config.rootfs else None) or ())

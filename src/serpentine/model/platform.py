@@ -59,7 +59,8 @@ class Platform:
         parts = text.strip().split("/")
         if not 2 <= len(parts) <= 3 or not all(_COMPONENT.fullmatch(part) for part in parts):
             raise InvalidPlatform(
-                f"{text!r} is not a platform", hint="write it as OS/ARCH[/VARIANT]: linux/arm64"
+                f"{text[:100]!r} is not a platform",
+                hint="write it as OS/ARCH[/VARIANT]: linux/arm64",
             )
         return cls(*parts).normalized()
 

@@ -50,7 +50,7 @@ class Reference:
         if "://" in rest:
             raise InvalidReference(
                 f"{_shorten(text)} is not an image reference: it has a URL scheme",
-                hint=f"leave out {rest.partition('://')[0] + '://'!r}",
+                hint=f"leave out {_shorten(rest.partition('://')[0] + '://')}",
             )
         digest: Digest | None = None
         rest, at, digest_text = rest.partition("@")

@@ -7,9 +7,25 @@ from typing import Any, Self
 import msgspec
 
 from serpentine.errors import InvalidDocument
-from serpentine.model.documents import ImageConfig
+from serpentine.model.documents import HealthConfig, ImageConfig
 
-__all__ = ["ContainerState"]
+__all__ = ["ContainerState", "HealthCheck"]
+
+
+class HealthCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """How to find out whether a service is ready; times in seconds.
+
+    command: what is run in it; status 0 means ready.  A single string is run by ``/bin/sh -c``.
+    interval, retries, start_period: it may fail for ``start_period`` plus ``interval`` times
+        ``retries`` in all.  It is asked at least once a second until it is ready.
+    timeout: of one try.
+    """
+
+    command: tuple[str, ...] | str
+    interval: float = 1.0
+    timeout: float = 30.0
+    retries: int = 30
+    start_period: float = 0.0
 
 
 class ContainerState(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +53,7 @@ class ContainerState(msgspec.Struct, frozen=True, kw_only=True):
     cmd: tuple[str, ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
     stop_signal: str = "SIGTERM"
+    healthcheck: HealthCheck | None = None
 
     def content(self) -> tuple[object, ...]:
         """Return what makes two states equal: the file system and how to run a process."""
@@ -51,6 +68,7 @@ class ContainerState(msgspec.Struct, frozen=True, kw_only=True):
             self.cmd,
             self.labels,
             self.stop_signal,
+            self.healthcheck,
         )
 
     def __eq__(self, other: object) -> bool:
@@ -79,6 +97,7 @@ class ContainerState(msgspec.Struct, frozen=True, kw_only=True):
                 "cmd": list(self.cmd),
                 "labels": dict(self.labels),
                 "stop_signal": self.stop_signal,
+                "healthcheck": msgspec.to_builtins(self.healthcheck),
             },
         }
 
@@ -93,7 +112,13 @@ class ContainerState(msgspec.Struct, frozen=True, kw_only=True):
             config = dict(data["config"])
             config["labels"] = tuple(sorted(config["labels"].items()))
             return msgspec.convert({**data, **config}, cls)
-        except (KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            msgspec.ValidationError,
+        ) as error:
             raise InvalidDocument(
                 f"this is not a container state: {error}", hint="use what to_json() gave"
             ) from None
@@ -103,7 +128,7 @@ class ContainerState(msgspec.Struct, frozen=True, kw_only=True):
         """Read what ``to_json`` gave; raises InvalidDocument."""
         try:
             data = msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise InvalidDocument(
                 f"this is not a container state: {error}", hint="use what to_json() gave"
             ) from None
@@ -142,4 +167,31 @@ class ContainerState(msgspec.Struct, frozen=True, kw_only=True):
             cmd=tuple((process and process.cmd) or ()),
             labels=tuple(sorted(((process and process.labels) or {}).items())),
             stop_signal=(process and process.stop_signal) or "SIGTERM",
+            healthcheck=_healthcheck(process.healthcheck if process else None),
         )
+
+
+def _healthcheck(config: HealthConfig | None) -> HealthCheck | None:
+    """Read an image's; its zeros mean Docker's defaults."""
+    test = (config and config.test) or []
+    command: tuple[str, ...] | str
+    match test:
+        case ["CMD", *words] if words:
+            command = tuple(words)
+        case ["CMD-SHELL", script]:
+            command = script
+        case _:  # NONE, or nothing that says what to run
+            return None
+    assert config is not None
+    return HealthCheck(
+        command=command,
+        interval=_whole(config.interval, 63) / 1e9 or 30.0,
+        timeout=_whole(config.timeout, 63) / 1e9 or 30.0,
+        retries=_whole(config.retries, 31) or 3,
+        start_period=_whole(config.start_period, 63) / 1e9,
+    )
+
+
+def _whole(number: int, bits: int) -> int:
+    """Return a number that an image's author wrote, or 0 for one that Docker could not read."""
+    return number if 0 <= number < 2**bits else 0

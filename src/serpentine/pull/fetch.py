@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+from dataclasses import dataclass, field
 
 from serpentine.containerd import PATIENCE, ContentWriter
 from serpentine.errors import (
@@ -11,19 +13,32 @@ from serpentine.errors import (
     DigestMismatch,
     FailedPrecondition,
     Locked,
+    RegistryError,
+    SizeMismatch,
     TransferError,
+    Unavailable,
     UnsupportedImage,
 )
-from serpentine.events import LayerStatus, Retrying
+from serpentine.events import LayerStatus, Received, Retrying
+from serpentine.model.digest import Digest
 from serpentine.model.documents import Descriptor
 from serpentine.pull.job import Job
+from serpentine.pull.scan import LayerScan
 
-__all__ = ["fetch_blob", "source_labels"]
+__all__ = ["blob_ref", "fetch_blob", "source_labels"]
 
 # A broken body is continued where it broke.  What is limited is not the number of tries, but
-# those in a row that brought nothing.
-MAX_TRIES_WITHOUT_PROGRESS = 4
-RETRY_DELAYS = (0.1, 0.5, 2.0, 5.0)
+# those in a row that brought next to nothing.
+RETRY_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
+PROGRESS = 64 * 1024
+# A registry that begins again at 0 whenever it should continue is put up with after so many tries.
+BEGINS_AGAIN_AFTER = 2
+MAX_SKIPPED = 1 << 20
+# Seconds spent waiting for bytes after which a download is compared with the others.
+WINDOW = 5.0
+# How often a blob is begun anew for being far behind: if that does not help, it is its way, and it
+# gets on all the same.
+SLOW_TRIES = 3
 
 # Another client writes the same blob: wait for it as long as it moves.
 HOLDER_STALLED_AFTER = 60.0
@@ -32,25 +47,58 @@ HOLDER_STALLED_AFTER = 60.0
 REPORT_EVERY = 0.1
 
 
+def blob_ref(digest: Digest) -> str:
+    """Return the name of a blob's ingest: the one that containerd's own clients use."""
+    return f"layer-{digest}"
+
+
 async def fetch_blob(job: Job, blob: Descriptor, places: tuple[int, ...]) -> bool:
     """Bring a blob into containerd's content store; tell whether anything was downloaded.
 
-    The ingest's name is the one that containerd's own clients use, so that they and we wait
-    for each other instead of downloading twice.
+    Who else wants it waits for us, and we for them, instead of downloading it twice.
     """
     async with job.locks(("blob", job.containerd.namespace, blob.digest)):
         waiting = _Waiting()
+        way = _Way()
         while True:
             try:
-                return await _fetch_once(job, blob, places)
+                return await _fetch_once(job, blob, places, way)
             except Locked:
                 await waiting.pause(job, blob, places)
+            except Unavailable:
+                # gRPC's Python forgets why a stream ended if we wrote to it before it knew: a full
+                # disk looks like this, too.  Once more, with an answer before each next message.
+                if way.careful:
+                    raise
+                way.careful = True
 
 
-async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...]) -> bool:
+@dataclass(slots=True)
+class _Way:
+    """What is known of the way of a blob's bytes, over several attempts.
+
+    asked: endpoints that have sent some of this attempt's; avoid: those that had better not again.
+    suspected: mirrors that had a part in something with another digest.
+    slow: how often it was begun anew for being far behind the others.
+    careful: the write stream broke, and we would like to know why.
+    """
+
+    asked: set[str] = field(default_factory=set)
+    avoid: set[str] = field(default_factory=set)
+    suspected: set[str] = field(default_factory=set)
+    slow: int = 0
+    careful: bool = False
+
+
+async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...], way: _Way) -> bool:
+    way.asked.clear()
     try:
         async with job.containerd.content.writer(
-            f"layer-{blob.digest}", total=blob.size, expected=blob.digest, lease=job.lease
+            blob_ref(blob.digest),
+            total=blob.size,
+            expected=blob.digest,
+            lease=job.lease,
+            careful=way.careful,
         ) as writer:
             # What an earlier attempt left; or all of it, when another namespace has the blob: then
             # the commit alone makes it visible in ours (trap 9).
@@ -58,12 +106,21 @@ async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...]) -> bo
             if before > blob.size:
                 await writer.reset()
                 before = 0
-            await _stream(job, blob, places, writer)
-            job.statistics.bytes_downloaded += writer.offset - before
+            # Of what came in two attempts we saw only the second part.
+            scan = LayerScan() if blob.digest in job.looked_at and not before else None
             try:
-                await writer.commit(source_labels(job))
-            except FailedPrecondition as error:
-                raise _Mismatch(resumed=before > 0) from error
+                await _stream(job, blob, places, writer, way, scan)
+                job.statistics.bytes_downloaded += writer.offset - before
+                try:
+                    await writer.commit(source_labels(job))
+                except FailedPrecondition as error:
+                    job.begun.discard(blob.digest)
+                    raise _Mismatch(resumed=before > 0) from error
+                if scan is not None and await scan.alone():
+                    job.standalone.add(blob.digest)
+            finally:
+                if scan is not None:
+                    scan.stop()
             return writer.offset > before
     except AlreadyExists:
         job.report(places, blob, LayerStatus.DOWNLOADED, blob.size)
@@ -72,7 +129,14 @@ async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...]) -> bo
         if mismatch.resumed:
             # The bytes that somebody left may have been the wrong ones (trap 6): the writer
             # has thrown them away, so begin at the beginning, once.
-            return await _fetch_once(job, blob, places)
+            return await _fetch_once(job, blob, places, way)
+        mirrors = {h for h in way.asked if job.repository and job.repository.is_mirror(h)}
+        if not mirrors <= way.suspected:
+            # One of them may serve something else: the registry itself is asked instead.  That one
+            # of them is avoided for what it did before does not mean that its bytes are gone.
+            way.suspected |= mirrors
+            way.avoid |= mirrors
+            return await _fetch_once(job, blob, places, way)
         if blob.digest.algorithm != "sha256" and "sha256:" in str(mismatch.__cause__):
             raise UnsupportedImage(
                 f"{job.image}: layer {blob.digest.algorithm}:{blob.digest.short}… is named by"
@@ -95,35 +159,143 @@ class _Mismatch(Exception):
 
 
 async def _stream(
-    job: Job, blob: Descriptor, places: tuple[int, ...], writer: ContentWriter
+    job: Job,
+    blob: Descriptor,
+    places: tuple[int, ...],
+    writer: ContentWriter,
+    way: _Way,
+    scan: LayerScan | None,
 ) -> None:
+    """Write what is missing, over as many requests as it takes; one write stream for all."""
     job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
+    job.statistics.bytes_resumed += writer.offset
     failures = 0
-    reported = time.monotonic()
     while writer.offset < blob.size:
         start = writer.offset
+        # Once it is clear that it cannot be had otherwise, all of it comes again.
+        skipped = blob.size if failures >= BEGINS_AGAIN_AFTER else MAX_SKIPPED
         try:
-            async with job.repository.open_blob(blob, offset=start) as body:
-                async for chunk in body:
-                    await writer.write(chunk)
-                    now = time.monotonic()
-                    if now - reported >= REPORT_EVERY:
-                        reported = now
-                        job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
+            await _download(job, blob, places, writer, way, scan, most_skipped=skipped)
         except TransferError as error:
-            failures = 1 if writer.offset > start else failures + 1
-            if failures >= MAX_TRIES_WITHOUT_PROGRESS:
-                raise
-            delay = RETRY_DELAYS[failures - 1]
+            # A registry may be silent for longer than containerd has been gone.
+            await writer.check()
+            if error.endpoint and job.repository is not None:
+                way.avoid.add(error.endpoint)
+                await job.repository.failed(error.endpoint, str(error))
+            failures = 1 if writer.offset - start >= PROGRESS else failures + 1
+            if failures > len(RETRY_DELAYS):
+                raise _stopped(job, blob, writer.offset, error) from error
+            delay = RETRY_DELAYS[failures - 1] * random.uniform(0.5, 1.5)  # noqa: S311
             job.on_event(Retrying(what=f"layer {blob.digest}", reason=str(error), delay=delay))
             await asyncio.sleep(delay)
+        except RegistryError as error:
+            raise error.during(f"layer {blob.digest}, at byte {writer.offset}") from error.__cause__
     job.report(places, blob, LayerStatus.DOWNLOADED, blob.size)
+
+
+async def _download(
+    job: Job,
+    blob: Descriptor,
+    places: tuple[int, ...],
+    writer: ContentWriter,
+    way: _Way,
+    scan: LayerScan | None,
+    *,
+    most_skipped: int,
+) -> None:
+    """Pass on what one request brings, until its end, or until it is no use any more.
+
+    Raises TransferError for a body that breaks off, stalls, or falls far behind the others.
+    """
+    assert job.repository is not None  # what was made here is not fetched
+    now = asyncio.get_running_loop().time
+    stream = object()
+    start = writer.offset
+    began = reported = now()
+    # Bytes, and the seconds that we waited for them: what containerd takes does not count.
+    size = since = 0
+    waited = 0.0
+    host = endpoint = ""
+    try:
+        async with job.repository.open_blob(
+            blob, offset=start, most_skipped=most_skipped, avoid=way.avoid
+        ) as body:
+            host, endpoint = body.host, body.endpoint
+            way.asked.add(endpoint)
+            asked = now()
+            async with asyncio.timeout(job.stall_timeout) as limit:
+                async for chunk in body:
+                    limit.reschedule(None)
+                    came = now()
+                    waited += came - asked
+                    size += len(chunk)
+                    since += len(chunk)
+                    await writer.write(chunk)
+                    job.begun.add(blob.digest)
+                    if scan is not None:
+                        await scan.feed(chunk)
+                    await job.repository.throttle.take(len(chunk))
+                    asked = now()
+                    if asked - reported >= REPORT_EVERY:
+                        job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
+                        job.speeds.note(stream, since / (asked - reported))
+                        reported, since = asked, 0
+                    if waited >= WINDOW:
+                        compare = way.slow < SLOW_TRIES
+                        if job.speeds.too_slow(stream, size / waited, compare=compare):
+                            way.slow += 1
+                            raise TransferError(
+                                f"{host} sends {size / waited:.0f} bytes a second", host=host
+                            )
+                        size, waited = 0, 0.0
+                    limit.reschedule(asked + job.stall_timeout)
+    except TimeoutError as error:
+        silent = TransferError(
+            f"{host} has sent nothing for {job.stall_timeout:g} seconds", host=host
+        )
+        silent.endpoint = endpoint
+        raise silent from error
+    except TransferError as error:
+        error.endpoint = endpoint
+        raise
+    except SizeMismatch as error:
+        if not job.repository.is_mirror(endpoint):
+            raise
+        # It serves something else; the registry may have the right one.
+        wrong = TransferError(str(error), host=host)
+        wrong.endpoint = endpoint
+        raise wrong from error
+    finally:
+        job.speeds.forget(stream)
+        if writer.offset > start:
+            job.on_event(
+                Received(
+                    image=job.image,
+                    digest=str(blob.digest),
+                    host=host,
+                    offset=start,
+                    size=writer.offset - start,
+                    seconds=now() - began,
+                )
+            )
+
+
+def _stopped(job: Job, blob: Descriptor, offset: int, error: TransferError) -> TransferError:
+    return TransferError(
+        f"{job.image}: the download of layer {blob.digest} from {error.host} stopped at byte"
+        f" {offset} of {blob.size}, {len(RETRY_DELAYS) + 1} times: {error}",
+        host=error.host,
+        image=job.image,
+        hint="pull again: it goes on from there",
+    )
 
 
 def source_labels(job: Job) -> dict[str, str]:
     """Return the label by which containerd's clients find a blob's source again."""
     # Per registry one label; containerd's clients gather several repositories in it, which
     # can outgrow the limit of 4096 (trap 15): one is enough to find the blob again.
+    if job.repository is None:
+        return {}
     key = f"containerd.io/distribution.source.{job.reference.registry}"
     return {key: job.reference.repository}
 
@@ -142,7 +314,7 @@ class _Waiting:
         content = job.containerd.content
         patience = PATIENCE[min(self._tries, len(PATIENCE) - 1)]
         self._tries += 1
-        status = await content.wait_released(f"layer-{blob.digest}", patience=patience)
+        status = await content.wait_released(blob_ref(blob.digest), patience=patience)
         if status is None or status.offset != self._offset:
             self._offset, self._moved = status.offset if status else -1, time.monotonic()
         elif time.monotonic() - self._moved > HOLDER_STALLED_AFTER:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from serpentine._concurrency import KeyedLock
 from serpentine.containerd import Containerd, Snapshots
 from serpentine.events import LayerProgress, LayerStatus, OnEvent
+from serpentine.model.digest import Digest
 from serpentine.model.documents import Descriptor
 from serpentine.model.reference import Reference
+from serpentine.pull.speed import Speeds
 
 if TYPE_CHECKING:
     from serpentine.registry import Repository
@@ -19,9 +21,13 @@ __all__ = ["Job", "Statistics"]
 
 @dataclass(slots=True)
 class Statistics:
-    """Counts of one pull; bytes are compressed bytes from the registry, layers and documents."""
+    """Counts of one pull; bytes are compressed bytes from the registry, layers and documents.
+
+    bytes_resumed: of layers, as containerd had them from an attempt before.
+    """
 
     bytes_downloaded: int = 0
+    bytes_resumed: int = 0
     layers_total: int = 0
     layers_reused: int = 0
 
@@ -30,12 +36,14 @@ class Statistics:
 class Job:
     """One pull: where from, where to, under which lease.
 
+    ``repository`` is None for an image that was made here: nothing of it is fetched.
+
     ``locks`` are shared by all pulls of one engine, so that two of them which want the same
     blob or snapshot do the work once.
     """
 
     reference: Reference
-    repository: Repository
+    repository: Repository | None
     containerd: Containerd
     snapshots: Snapshots
     lease: str
@@ -43,7 +51,14 @@ class Job:
     on_event: OnEvent
     max_concurrent_downloads: int
     sync_fs: bool
+    stall_timeout: float = 8.0
     statistics: Statistics = field(default_factory=Statistics)
+    speeds: Speeds = field(default_factory=Speeds)
+    # The blobs of which this pull has given containerd anything that counts.
+    begun: set[Digest] = field(default_factory=set)
+    # The blobs whose headers are looked at on their way, and those of them that name all they need.
+    looked_at: set[Digest] = field(default_factory=set)
+    standalone: set[Digest] = field(default_factory=set)
 
     @property
     def image(self) -> str:

@@ -10,7 +10,17 @@ from serpentine.model.digest import ChainID, Digest
 from serpentine.model.documents import Descriptor, Layer
 from serpentine.model.platform import Platform
 
-__all__ = ["Plan", "candidates", "child_labels", "list_platforms", "make_plan"]
+__all__ = [
+    "Plan",
+    "Ready",
+    "apply_next",
+    "can_rebase",
+    "candidates",
+    "child_labels",
+    "list_platforms",
+    "make_plan",
+    "worth_a_look",
+]
 
 _GC_CONTENT = "containerd.io/gc.ref.content"
 
@@ -103,6 +113,53 @@ def make_plan(layers: Sequence[Layer], present: Collection[ChainID]) -> Plan:
     fetch = {layer.descriptor.digest: layer.descriptor for layer in reversed(unpack)}
     ordered = dict.fromkeys(layer.descriptor.digest for layer in unpack)
     return Plan(tuple(layers), unpack, tuple(fetch[digest] for digest in ordered))
+
+
+def can_rebase(snapshotter: str, capabilities: Collection[str]) -> bool:
+    """Tell whether layers can be applied without the one below, and get it on the commit.
+
+    EROFS says so, too, but what it wants to be applied to is no directory of an overlay.
+    """
+    return snapshotter == "overlayfs" and "rebase" in capabilities
+
+
+def worth_a_look(sizes: Sequence[int], at_once: int) -> tuple[int, ...]:
+    """Return which of the layers, from the lowest, are to be looked at so that they may go alone.
+
+    A look costs time of a processor.  The others go one after the other, beside those that go
+    alone, and keep one of the ``at_once`` busy: so they may be that part of all.
+    The lowest has all that is below it; the last would have to wait for all others.
+    """
+    chosen = []
+    left = sizes[0] if sizes else 0
+    total = left
+    for place in range(1, len(sizes)):
+        total += sizes[place]
+        above = sizes[place + 1] if place + 1 < len(sizes) else None
+        if above is not None and (left + sizes[place]) * at_once <= total + above:
+            left += sizes[place]
+        else:
+            chosen.append(place)
+    return tuple(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A layer whose blob is there; ``alone`` if it can be applied without the one below it."""
+
+    place: int
+    alone: bool
+
+
+def apply_next(
+    waiting: Collection[Ready], committed: Collection[int], free: int
+) -> tuple[int, ...]:
+    """Return the places of the layers that may be applied now, when so many more may be.
+
+    The lowest first: the ones above can be committed no sooner than those.
+    """
+    able = (one.place for one in waiting if one.alone or one.place - 1 in committed)
+    return tuple(sorted(able)[: max(0, free)])
 
 
 def child_labels(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from serpentine._concurrency import KeyedLock, shielded, task_group
+from serpentine._concurrency import KeyedLock, task_group
 from serpentine.containerd import Containerd, Snapshots
-from serpentine.errors import ContainerdError, NotFound
+from serpentine.errors import LayerError, NotFound, UnsupportedImage
 from serpentine.events import (
     OnEvent,
     PullFinished,
@@ -25,31 +22,41 @@ from serpentine.model.digest import ChainID, Digest
 from serpentine.model.documents import Descriptor, Layer
 from serpentine.model.platform import Platform
 from serpentine.model.state import ContainerState
-from serpentine.pull.fetch import fetch_blob
+from serpentine.pull.fetch import blob_ref, fetch_blob
 from serpentine.pull.job import Job, Statistics
-from serpentine.pull.plan import make_plan
+from serpentine.pull.leases import forget_earlier, leased
+from serpentine.pull.plan import Plan, make_plan, worth_a_look
 from serpentine.pull.record import is_recorded, record_image
 from serpentine.pull.resolve import ResolvedImage, resolve
-from serpentine.pull.unpack import lease_snapshot, unpack_layer
+from serpentine.pull.space import Need, need_of
+from serpentine.pull.unpack import Several, is_plain, lease_snapshot, unpack_layer
 
 if TYPE_CHECKING:
     from serpentine.registry import Repository
 
 __all__ = ["PullOptions", "pull", "state_of"]
 
-# A pull that is killed leaves its lease behind; this is how long containerd then keeps what
-# was written under it.  It is also the longest that a pull may take.
-LEASE_LIFETIME = timedelta(hours=24)
-CLEANUP_TIMEOUT = 60.0
-
 
 @dataclass(frozen=True, slots=True)
 class PullOptions:
-    """How to pull: for which platform, with how many downloads at once, synced to disk or not."""
+    """How to pull.
+
+    max_concurrent_downloads: at once.
+    max_concurrent_unpacks: at once, if ``can_rebase``, which is asked when it matters, says that
+        containerd can put a layer onto the one below after it was applied.
+    stall_timeout: seconds without a byte after which a download is continued anew.
+    sync_fs: whether what was unpacked is on the disk before it counts.
+    check_space: is told what will be needed before the first byte of a layer comes, and raises
+        NoSpace if that cannot fit.
+    """
 
     platform: Platform
     max_concurrent_downloads: int = 3
-    sync_fs: bool = False
+    max_concurrent_unpacks: int = 1
+    can_rebase: Callable[[], Awaitable[bool]] | None = None
+    stall_timeout: float = 8.0
+    sync_fs: bool = True
+    check_space: Callable[[Need], Awaitable[None]] | None = None
 
 
 async def pull(
@@ -63,8 +70,9 @@ async def pull(
 ) -> ContainerState:
     """Bring the image that ``repository.reference`` names into containerd, and unpack it.
 
-    Layers whose snapshot is there are neither downloaded nor applied.  On failure and
-    cancellation nothing is left behind: what was written belongs to a lease that goes.
+    Layers whose snapshot is there are neither downloaded nor applied.  What was written before a
+    failure or a cancellation is kept for a day, under a lease, and the next pull of the image
+    goes on from there.  If nothing was, nothing is left.
 
     Raises RegistryError, ImageError and ContainerdError families.
     """
@@ -73,10 +81,11 @@ async def pull(
     name = str(reference)
     on_event(PullStarted(image=name))
     image, documents = await resolve(repository, containerd.content, options.platform)
+    platform = str(image.image_config.platform.normalized())
     on_event(
         PullResolved(
             image=name,
-            platform=str(image.image_config.platform.normalized()),
+            platform=platform,
             manifest_digest=str(image.manifest.digest),
             index_digest=image.index_digest,
         )
@@ -87,7 +96,12 @@ async def pull(
         plan = make_plan(image.layers, everything)
         on_event(PullPlanned(image=name, layers=plan.for_display()))
     else:
-        async with _lease(containerd) as lease:
+        job: Job | None = None
+
+        def keep(error: BaseException) -> bool:
+            return job is not None and _worth_keeping(job, error)
+
+        async with leased(containerd, name, platform=platform, keep=keep) as lease:
             job = Job(
                 reference=reference,
                 repository=repository,
@@ -97,10 +111,12 @@ async def pull(
                 locks=locks,
                 on_event=on_event,
                 max_concurrent_downloads=options.max_concurrent_downloads,
+                stall_timeout=options.stall_timeout,
                 sync_fs=options.sync_fs,
                 statistics=statistics,
             )
-            await _fetch_and_unpack(job, image)
+            await _fetch_and_unpack(job, image, options)
+    await forget_earlier(containerd, name, platform)
     state = state_of(image, reference.name, snapshots.name)
     on_event(
         PullFinished(
@@ -129,34 +145,25 @@ def state_of(image: ResolvedImage, repository_name: str, snapshotter: str) -> Co
     )
 
 
-@asynccontextmanager
-async def _lease(containerd: Containerd) -> AsyncIterator[str]:
-    """Hold a lease; let it go on every way out.
-
-    After a failure the collector runs at once (``sync``), so that nothing half-made is left.
-    """
-    lease_id = f"serpentine-pull-{secrets.token_hex(8)}"
-    failed = True
-    try:
-        await containerd.leases.create(lease_id, expires=LEASE_LIFETIME)
-        yield lease_id
-        failed = False
-    finally:
-        await shielded(_drop(containerd, lease_id, sync=failed), timeout=CLEANUP_TIMEOUT)
+def _worth_keeping(job: Job, error: BaseException) -> bool:
+    """Tell whether the next attempt can go on with what this one wrote."""
+    if isinstance(error, LayerError | UnsupportedImage):
+        return False  # it would end in the same way
+    return bool(job.begun)
 
 
-async def _drop(containerd: Containerd, lease_id: str, *, sync: bool) -> None:
-    try:
-        await containerd.leases.delete(lease_id, sync=sync)
-    except ContainerdError:
-        # Nothing can be done here without hiding the error that is on its way; the lease
-        # expires by itself.
-        return
-
-
-async def _fetch_and_unpack(job: Job, image: ResolvedImage) -> None:
-    plan = make_plan(image.layers, await _present(job, image.layers))
+async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions) -> None:
+    present, plain = await _present(job, image.layers)
+    plan = make_plan(image.layers, present)
     job.on_event(PullPlanned(image=job.image, layers=plan.for_display()))
+    if options.check_space is not None and plan.unpack:
+        there = await _bytes_there(job, plan.fetch)
+        await options.check_space(need_of(plan.fetch, plan.unpack, there))
+    at_once = await _at_once(options, plan) if plain else 1
+    if at_once > 1:
+        blobs = [layer.descriptor for layer in plan.unpack]
+        look = worth_a_look([blob.size for blob in blobs], at_once)
+        job.looked_at.update(blobs[place].digest for place in look)
     slots = asyncio.Semaphore(job.max_concurrent_downloads)
     arrived = {blob.digest: asyncio.Event() for blob in plan.fetch}
     downloaded: set[Digest] = set()
@@ -170,25 +177,57 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage) -> None:
     async with task_group() as group:
         for blob in plan.fetch:
             group.create_task(fetch(blob), name=f"fetch {blob.digest}")
-        # One layer needs the one below it: they are applied in order, each while the ones
-        # above are still arriving.
-        for place, layer in enumerate(plan.unpack, len(plan.layers) - len(plan.unpack)):
-            await arrived[layer.descriptor.digest].wait()
-            await unpack_layer(job, layer, place)
+        first = len(plan.layers) - len(plan.unpack)
+        if at_once > 1:
+            several = Several(job, first, at_once)
+            for place, layer in enumerate(plan.unpack, first):
+                here = arrived[layer.descriptor.digest]
+                group.create_task(several.unpack(layer, place, here), name=f"unpack {place}")
+        else:
+            # One layer needs the one below it: they are applied in order, each while the ones
+            # above are still arriving.
+            for place, layer in enumerate(plan.unpack, first):
+                await arrived[layer.descriptor.digest].wait()
+                plain = await unpack_layer(job, layer, place, plain=plain)
     job.statistics.layers_reused = sum(
         layer.descriptor.digest not in downloaded for layer in plan.layers
     )
     await record_image(job, image, plan.top)
 
 
-async def _present(job: Job, layers: tuple[Layer, ...]) -> set[ChainID]:
-    """Find the highest snapshot that is there, and hold it by the lease."""
+async def _bytes_there(job: Job, blobs: Iterable[Descriptor]) -> dict[Digest, int]:
+    """Return how much of each blob is there, complete or begun."""
+    sizes = {blob.digest: blob.size for blob in blobs}
+    if not sizes:
+        return {}
+    refs = {blob_ref(digest): digest for digest in sizes}
+    begun = await job.containerd.content.list_statuses()
+    found = {refs[status.ref]: status.offset for status in begun if status.ref in refs}
+    whole = await job.containerd.content.all([f'digest=="{digest}"' for digest in sizes])
+    return found | {info.digest: info.size for info in whole}
+
+
+async def _present(job: Job, layers: tuple[Layer, ...]) -> tuple[set[ChainID], bool]:
+    """Find the highest snapshot that is there, and hold it by the lease.
+
+    Also tells whether its root directory is known to be as containerd makes it.
+    """
     for layer in reversed(layers):
         # Holding is a transaction with a sync to disk, looking is not: so look first, and
         # look again once it is held.
-        if await _is_there(job, layer.chain_id) and await lease_snapshot(job, layer.chain_id):
-            return {layer.chain_id}
-    return set()
+        if await _is_there(job, layer.chain_id):
+            found = await lease_snapshot(job, layer.chain_id)
+            if found is not None:
+                return {layer.chain_id}, is_plain(found)
+    return set(), True
+
+
+async def _at_once(options: PullOptions, plan: Plan) -> int:
+    """Return how many layers may be unpacked at once; containerd is asked if it matters."""
+    most = min(options.max_concurrent_unpacks, len(plan.unpack))
+    if most < 2 or options.can_rebase is None or not await options.can_rebase():
+        return 1
+    return most
 
 
 async def _is_there(job: Job, chain_id: ChainID) -> bool:

@@ -129,7 +129,13 @@ class Documents:
             if self._fetch is None:
                 raise
             return None
-        return data if descriptor.digest.matches(data) else None
+        if descriptor.digest.matches(data):
+            return data
+        if self._fetch is not None:
+            # Damaged, on the disk or by whoever wrote there.  As long as containerd has it, it
+            # takes no other copy, and whoever reads it next finds the same.
+            await self._content.delete(descriptor.digest)
+        return None
 
 
 async def resolve(

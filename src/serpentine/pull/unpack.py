@@ -1,11 +1,18 @@
-"""One layer onto its parent: prepare, apply, compare the diff ID, commit under the chain ID."""
+"""One layer onto its parent: prepare, apply, compare the diff ID, commit under the chain ID.
+
+Or, where containerd can do that, several at once, each applied before its parent is there, and
+committed onto it in their order.  The outcome is the same, entry by entry.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
-from serpentine._concurrency import shielded
-from serpentine.containerd import Mount, Resource
+from serpentine._concurrency import shielded, unbroken
+from serpentine.containerd import Mount, Resource, SnapshotInfo
 from serpentine.errors import (
     AlreadyExists,
     ContainerdError,
@@ -19,8 +26,9 @@ from serpentine.events import LayerStatus
 from serpentine.model.digest import ChainID, Digest
 from serpentine.model.documents import Descriptor, Layer
 from serpentine.pull.job import Job
+from serpentine.pull.plan import Ready, apply_next
 
-__all__ = ["lease_snapshot", "unpack_layer"]
+__all__ = ["LABEL_ROOT", "Several", "is_plain", "lease_snapshot", "unpack_layer"]
 
 # containerd's name for "decompress whatever the first bytes show, plain tar included".  Layers
 # are often labelled wrongly, every other engine looks at the bytes, and the diff ID proves the
@@ -30,72 +38,262 @@ DETECT_COMPRESSION = "application/vnd.docker.image.rootfs.diff.tar"
 UNPACK_LOCK_WAIT = 1800.0
 CLEANUP_TIMEOUT = 30.0
 
+# How far above the highest layer that is done another one may be begun: each holds a lock, which
+# is a stream of its own.
+LOOK_AHEAD = 32
 
-async def unpack_layer(job: Job, layer: Layer, place: int) -> None:
+# On snapshots whose root directory is containerd's own, with its mode and owner: those that were
+# made of nothing but layers, as containerd passes over what a layer says of its root.  What was
+# committed by others, or is the state after a step, may have another one, and a snapshot on top of
+# it gets its owner.
+LABEL_ROOT = "io.serpentine/root"
+_PLAIN = "0:0"
+
+
+async def unpack_layer(
+    job: Job, layer: Layer, place: int, *, plain: bool = False, several: Several | None = None
+) -> bool:
     """Make the committed snapshot that ``layer.chain_id`` names, unless it is there by now.
 
-    The parent's snapshot and the layer's blob must be there.  The work is done once, however
-    many pulls want it: in this process by a lock of ours, between processes by an ingest that
-    is held open and never written, which containerd frees even when its holder is killed.
+    The parent's snapshot and the layer's blob must be there; with ``several``, the blob.  The work
+    is done once, however many pulls want it: in this process by a lock of ours, between processes
+    by an ingest that is held open and never written, which containerd frees even when its holder
+    is killed.  Who holds one waits for layers below it only, so that nobody waits for himself.
+
+    plain: whether the parent's root directory is known to be as containerd makes it.  Returns
+    whether the layer's is.
     """
     name = f"unpack-{job.snapshots.name}-{layer.chain_id}"
     async with (
         job.locks(("unpack", job.containerd.namespace, name)),
         job.containerd.content.lock(name, lease=job.lease, wait=UNPACK_LOCK_WAIT),
     ):
-        if not await lease_snapshot(job, layer.chain_id):
-            job.report((place,), layer.descriptor, LayerStatus.APPLYING, layer.descriptor.size)
-            await _unpack(job, layer)
+        found = await lease_snapshot(job, layer.chain_id)
+        if found is not None:
+            plain = is_plain(found)
+        elif several is not None:
+            plain = await several.make(layer, place)
+        else:
+            plain = await _unpack(job, layer, place, plain=plain)
     job.report((place,), layer.descriptor, LayerStatus.DONE, layer.descriptor.size)
+    return plain
 
 
-async def lease_snapshot(job: Job, chain_id: ChainID) -> bool:
-    """Hold a committed snapshot by the pull's lease; tell whether it is there.
+async def lease_snapshot(job: Job, chain_id: ChainID) -> SnapshotInfo | None:
+    """Hold a committed snapshot by the pull's lease; None if it is not there.
 
     First hold, then look: what was seen the other way round could be collected in between.
     """
     resource = Resource(id=str(chain_id), type=f"snapshots/{job.snapshots.name}")
     await job.containerd.leases.add_resource(job.lease, resource)
     try:
-        await job.snapshots.stat(str(chain_id))
+        return await job.snapshots.stat(str(chain_id))
     except NotFound:
-        return False
-    return True
+        return None
 
 
-async def _unpack(job: Job, layer: Layer) -> None:
-    key = f"extract-{secrets.token_hex(8)} {layer.chain_id}"
-    labels = {
-        "containerd.io/snapshot.ref": str(layer.chain_id),
-    }
+def is_plain(snapshot: SnapshotInfo) -> bool:
+    """Tell whether a snapshot's root directory is known to be as containerd makes it."""
+    return snapshot.labels.get(LABEL_ROOT) == _PLAIN
+
+
+class Several:
+    """The layers of one pull, of which several are applied at once.
+
+    first: the place of the lowest one, on which a parent may be that is there.
+    """
+
+    def __init__(self, job: Job, first: int, at_once: int) -> None:
+        self._job = job
+        self._first = first
+        self._free = at_once
+        self._waiting: dict[int, tuple[Ready, asyncio.Event]] = {}
+        # Whether the root directories are known: of those that are committed, and of the parent.
+        self._plain: dict[int, bool] = {first - 1: True}
+        self._moved = asyncio.Condition()
+
+    async def unpack(self, layer: Layer, place: int, arrived: asyncio.Event) -> None:
+        """Unpack a layer when its blob is there, and commit it when its parent is."""
+        await arrived.wait()
+        await self._committed(max(place - LOOK_AHEAD, self._first - 1))
+        plain = await unpack_layer(self._job, layer, place, several=self)
+        self._plain[place] = plain
+        self._look()
+        async with self._moved:
+            self._moved.notify_all()
+
+    async def make(self, layer: Layer, place: int) -> bool:
+        """Make a layer's snapshot, which we hold the lock of; return whether its root is plain."""
+        if layer.descriptor.digest in self._job.standalone:
+            plain = await self._alone(layer, place)
+            if plain is not None:
+                return plain
+        async with self._turn(Ready(place, alone=False)):
+            return await _unpack(self._job, layer, place, plain=self._plain[place - 1])
+
+    async def _alone(self, layer: Layer, place: int) -> bool | None:
+        """Apply a layer to nothing, commit it onto its parent; None if it needs the parent first.
+
+        A layer that does not unpack like this is applied to its parent, whose error counts.
+        """
+        job, parent = self._job, str(layer.parent)
+        key, labels = _names(layer, plain=True)
+        try:
+            async with self._turn(Ready(place, alone=True)):
+                if place - 1 in self._plain:
+                    return None  # nothing to gain: the usual way is free
+                job.report((place,), layer.descriptor, LayerStatus.APPLYING, layer.descriptor.size)
+                try:
+                    # Unbroken: a removal could overtake a request that nobody waits for any more.
+                    mounts = await unbroken(
+                        job.snapshots.prepare(key, labels=labels, lease=job.lease),
+                        patience=CLEANUP_TIMEOUT,
+                    )
+                except AlreadyExists:
+                    return await _made_by_others(job, layer)
+                upper = _as_upper(mounts)
+                diff_id = None if upper is None else await _try_apply(job, layer, upper)
+            if diff_id is None:
+                await _discard(job, key)
+                return None
+            _compare(job, layer, diff_id)
+            await self._committed(place - 1)
+            if not self._plain[place - 1]:
+                # Somebody else has made it meanwhile, and it may have another root directory.
+                await _discard(job, key)
+                return None
+            await unbroken(_commit_onto(job, layer, key, parent, labels), patience=CLEANUP_TIMEOUT)
+        except AlreadyExists:
+            await _discard(job, key)  # trap 20: the active snapshot stays when the name is taken
+            return await _made_by_others(job, layer)
+        except BaseException:
+            # The request may have been carried out although we never saw the answer.
+            await _give_up(job, key)
+            raise
+        await _label_blob(job, layer)
+        return True
+
+    async def _committed(self, place: int) -> None:
+        async with self._moved:
+            await self._moved.wait_for(lambda: place in self._plain)
+
+    @asynccontextmanager
+    async def _turn(self, ready: Ready) -> AsyncIterator[None]:
+        """Be one of those that are applied, once it is this layer's turn."""
+        go = asyncio.Event()
+        self._waiting[ready.place] = ready, go
+        self._look()
+        try:
+            await go.wait()
+            yield
+        finally:
+            if self._waiting.pop(ready.place, None) is None:
+                self._free += 1
+            self._look()
+
+    def _look(self) -> None:
+        """Let those go on whose turn it is."""
+        waiting = [ready for ready, _ in self._waiting.values()]
+        for place in apply_next(waiting, self._plain, self._free):
+            self._free -= 1
+            self._waiting.pop(place)[1].set()
+
+
+def _names(layer: Layer, *, plain: bool) -> tuple[str, dict[str, str]]:
+    """Return the key and the labels of a layer's active snapshot; the key is never used again."""
+    labels = {"containerd.io/snapshot.ref": str(layer.chain_id)}
+    if plain:
+        labels[LABEL_ROOT] = _PLAIN
+    return f"extract-{secrets.token_hex(8)} {layer.chain_id}", labels
+
+
+def _as_upper(mounts: list[Mount]) -> list[Mount] | None:
+    """Return mounts by which containerd writes what it is to write into an overlay's directory.
+
+    That is how it applies a layer with a parent: a whiteout becomes the overlay's.  To a bind mount
+    it would apply it by removing what is not there.  Nothing is mounted for it.  None for what
+    is not the one directory that the overlay snapshotter makes.
+    """
+    if len(mounts) != 1 or mounts[0].type != "bind" or not mounts[0].source:
+        return None
+    return [Mount("overlay", "overlay", options=(f"upperdir={mounts[0].source}",))]
+
+
+async def _try_apply(job: Job, layer: Layer, mounts: list[Mount]) -> Digest | None:
+    """Apply a layer; None if it does not unpack like this."""
+    try:
+        return await _apply(job, layer, mounts)
+    except LayerError:
+        # In a user namespace, early 2.2 and 2.3 say that they can and cannot.  If it is the layer,
+        # its parent is no help, and the error is raised then.
+        return None
+
+
+async def _commit_onto(
+    job: Job, layer: Layer, key: str, parent: str, labels: dict[str, str]
+) -> None:
+    await job.snapshots.commit(
+        str(layer.chain_id), key, parent=parent, labels=labels, lease=job.lease
+    )
+    found = await job.snapshots.stat(str(layer.chain_id))
+    if found.parent != parent:
+        await _discard(job, str(layer.chain_id))
+        raise ContainerdError(
+            f"containerd has put layer {layer.descriptor.digest} onto"
+            f" {found.parent or 'nothing'} instead of {parent}",
+            hint="set SERPENTINE_MAX_UNPACKS=1",
+        )
+
+
+async def _made_by_others(job: Job, layer: Layer) -> bool:
+    """Return whether the root of what is there is plain; raises NotFound if it is not."""
+    return is_plain(await job.snapshots.stat(str(layer.chain_id)))
+
+
+async def _unpack(job: Job, layer: Layer, place: int, *, plain: bool) -> bool:
+    """Apply a layer to its parent; return whether its root directory is plain."""
+    job.report((place,), layer.descriptor, LayerStatus.APPLYING, layer.descriptor.size)
+    key, labels = _names(layer, plain=plain)
     parent = str(layer.parent) if layer.parent else ""
     try:
-        mounts = await job.snapshots.prepare(key, parent, labels=labels, lease=job.lease)
+        # Unbroken: a removal could overtake a request that nobody waits for any more.
+        mounts = await unbroken(
+            job.snapshots.prepare(key, parent, labels=labels, lease=job.lease),
+            patience=CLEANUP_TIMEOUT,
+        )
     except AlreadyExists:
         # Either the target is there (a client that ignores our lock, a lazy snapshotter), or
         # our key, which is random: only the first is possible, and stat proves it (trap 19).
-        await job.snapshots.stat(str(layer.chain_id))
-        return
+        return await _made_by_others(job, layer)
     except BaseException:
         # The request may have been carried out although we never saw the answer.
-        await shielded(_discard(job, key), timeout=CLEANUP_TIMEOUT)
+        await _give_up(job, key)
         raise
     try:
-        diff_id = await _apply(job, layer, mounts)
-        if str(diff_id) != str(layer.diff_id):
-            raise DiffIDMismatch(
-                f"{job.image}: layer {layer.descriptor.digest} unpacks to {diff_id}, and the"
-                f" config says {layer.diff_id}",
-                image=job.image,
-                digest=str(layer.descriptor.digest),
-                hint="the image has to be built and pushed again",
-            )
+        _compare(job, layer, await _apply(job, layer, mounts))
         await job.snapshots.commit(str(layer.chain_id), key, labels=labels, lease=job.lease)
     except AlreadyExists:
         await _discard(job, key)  # trap 20: the active snapshot stays when the name is taken
+        plain = await _made_by_others(job, layer)
     except BaseException:
-        await shielded(_discard(job, key), timeout=CLEANUP_TIMEOUT)
+        await _give_up(job, key)
         raise
+    await _label_blob(job, layer)
+    return plain
+
+
+def _compare(job: Job, layer: Layer, diff_id: Digest) -> None:
+    if str(diff_id) != str(layer.diff_id):
+        raise DiffIDMismatch(
+            f"{job.image}: layer {layer.descriptor.digest} unpacks to {diff_id}, and the"
+            f" config says {layer.diff_id}",
+            image=job.image,
+            digest=str(layer.descriptor.digest),
+            hint="the image has to be built and pushed again",
+        )
+
+
+async def _label_blob(job: Job, layer: Layer) -> None:
     await job.containerd.content.update_labels(
         layer.descriptor.digest, {"containerd.io/uncompressed": str(layer.diff_id)}
     )
@@ -121,6 +319,12 @@ async def _apply(job: Job, layer: Layer, mounts: list[Mount]) -> Digest:
             hint="if pulling again does not help, the image has to be pushed again",
         ) from error
     return applied.digest
+
+
+async def _give_up(job: Job, key: str) -> None:
+    """Discard it; a containerd that stands still does not hide the error that is on its way."""
+    with suppress(TimeoutError):
+        await shielded(_discard(job, key), timeout=CLEANUP_TIMEOUT)
 
 
 async def _discard(job: Job, key: str) -> None:

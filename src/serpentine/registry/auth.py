@@ -238,7 +238,7 @@ class Authenticator:
             )
         try:
             answer = msgspec.json.decode(body, type=TokenAnswer)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             answer = TokenAnswer()
         if not answer.value or not answer.value.isprintable():
             raise RegistryProtocolError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 
-from serpentine.errors import RegistryProtocolError, SizeMismatch, TransferError
+from serpentine.errors import SizeMismatch, TransferError
 from serpentine.model.documents import Descriptor
 from serpentine.registry.transport import Response
 
@@ -17,19 +17,32 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-[0-9]{1,19}/([0-9]{1,19}|\*)")
 class BlobStream:
     """Iterate over it for the bytes from the offset on, to the end of the blob.
 
+    host: which sends the bytes; endpoint: which was asked, and may have sent us there.
+    most_skipped: how many bytes that we have may come again, from a registry that does not
+        continue; beyond it that is a TransferError.
+
     ``offset`` moves with what was handed out.  Raises TransferError when the body ends before
     the descriptor's size (cleanly or not), which is worth another try, and SizeMismatch when it
     goes on after it, which is not.  No Content-Length is needed.
     """
 
     def __init__(
-        self, response: Response, descriptor: Descriptor, offset: int, *, image: str
+        self,
+        response: Response,
+        descriptor: Descriptor,
+        offset: int,
+        *,
+        endpoint: str,
+        image: str,
+        most_skipped: int,
     ) -> None:
         self._response = response
         self._descriptor = descriptor
         self._image = image
+        self._most_skipped = most_skipped
         self.offset = offset
         self.host = response.host
+        self.endpoint = endpoint
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         size = self._descriptor.size
@@ -53,14 +66,17 @@ class BlobStream:
         """Return how many bytes of the body to pass over (trap 38)."""
         status = self._response.status
         if status == 200:
-            return self.offset  # the whole blob, whatever we asked for
+            # The whole blob, whatever we asked for.
+            if self.offset > self._most_skipped:
+                raise self._broken(f"it does not continue at byte {self.offset}, but begins again")
+            return self.offset
         if status == 416:
             if self.offset == self._descriptor.size:
                 return 0
-            raise self._bad_range("refuses to continue")
+            raise self._broken(f"it refuses to continue at byte {self.offset}")
         found = _CONTENT_RANGE.fullmatch(self._response.headers.get("Content-Range", "").strip())
         if found is None or int(found[1]) != self.offset:
-            raise self._bad_range("continues somewhere else than asked")
+            raise self._broken(f"it continues somewhere else than at byte {self.offset}")
         if found[2] != "*" and int(found[2]) > self._descriptor.size:
             raise self._too_long()
         return 0
@@ -79,13 +95,4 @@ class BlobStream:
             host=self.host,
             image=self._image,
             hint="pull again; if it stays, the image has to be pushed again",
-        )
-
-    def _bad_range(self, why: str) -> RegistryProtocolError:
-        return RegistryProtocolError(
-            f"{self._image}: layer {self._descriptor.digest} at byte {self.offset}:"
-            f" {self.host} {why}",
-            host=self.host,
-            image=self._image,
-            hint="pull again",
         )

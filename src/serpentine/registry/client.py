@@ -6,24 +6,27 @@ The protocol is the OCI distribution specification 1.1, the pull part.
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+import ssl
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Self
-from urllib.parse import urlencode, urljoin, urlsplit
+from typing import Any, Self, TypeVar
 
 from serpentine.errors import (
+    AuthenticationError,
     DigestMismatch,
     DocumentTooLarge,
+    ImageError,
     InvalidDigest,
-    RateLimited,
     RegistryError,
     RegistryNotFound,
     RegistryProtocolError,
+    RegistryUnreachable,
+    SerpentineError,
     SizeMismatch,
+    TransferError,
 )
 from serpentine.events import OnEvent, Retrying, ignore
 from serpentine.model.digest import Digest
@@ -32,20 +35,21 @@ from serpentine.model.reference import Reference
 from serpentine.registry.auth import Authenticator
 from serpentine.registry.blobs import BlobStream
 from serpentine.registry.credentials import CredentialStore
+from serpentine.registry.endpoints import Endpoint, Endpoints, in_order
 from serpentine.registry.hosts import api_host, host_of
-from serpentine.registry.messages import error_of
-from serpentine.registry.retry import parse_retry_after, retry_delay
-from serpentine.registry.transport import Interrupted, Response, Transport
+from serpentine.registry.memory import HostMemory
+from serpentine.registry.source import Source, is_empty_range
+from serpentine.registry.throttle import Throttle
+from serpentine.registry.transport import READ_TIMEOUT, Response, Transport
 
 __all__ = ["RegistryClient", "Repository", "Resolved"]
 
 # What other engines take, too: containerd's limit is 4.4 MB.
 MAX_DOCUMENT = 4 * 1024 * 1024
-MAX_ERROR_BODY = 16 * 1024
-MAX_TOKEN_BODY = 256 * 1024
-MAX_REDIRECTS = 10
+# Seconds before a document whose body broke off is asked for again.
+BODY_DELAYS = (0.25, 1.0)
 
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_T = TypeVar("_T")
 # Statuses by which registries, or what stands before them, refuse HEAD alone (trap 36).
 _HEAD_REFUSED = frozenset({400, 403, 405, 501})
 
@@ -80,17 +84,32 @@ class RegistryClient:
         insecure: Collection[str] = (),
         user_agent: str = "serpentine",
         connections_per_host: int = 8,
+        memory: Path | None = None,
+        read_timeout: float = READ_TIMEOUT,
+        endpoints: Endpoints | None = None,
+        limit_rate: int | None = None,
     ) -> None:
         """Make a client; no connection is made yet.
 
         insecure: HOST or HOST:PORT that may be reached over plain HTTP or unverified TLS.
+        memory: a folder where processes share what they know of hosts: when one may be asked
+            again, and which failed.
+        read_timeout: seconds without a byte after which an answer is given up; a quarter of it
+            where there is another host to ask.
+        limit_rate: bytes of blobs per second, for all downloads together.
+        endpoints: where registries' content may be had besides their own hosts.
         """
         self.transport = Transport(
             insecure=insecure,
             user_agent=user_agent,
             connections_per_host=connections_per_host,
+            memory=HostMemory(memory),
+            read_timeout=read_timeout,
         )
         self.authenticator = Authenticator(credentials)
+        self.throttle = Throttle(limit_rate)
+        self._endpoints = endpoints or Endpoints()
+        self._contexts: dict[str, dict[str, ssl.SSLContext]] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -107,6 +126,32 @@ class RegistryClient:
         """Close all connections."""
         await self.transport.close()
 
+    async def ping(self, registry: str) -> tuple[int, str | None]:
+        """Ask a registry for its API; return the status (401 is fine) and its ``Date``.
+
+        The end point that the distribution specification names for it.  Raises RegistryError.
+        """
+        async with self.transport.to_registry("GET", api_host(registry), "/v2/", {}) as response:
+            if response.status not in (200, 401):
+                raise RegistryProtocolError(
+                    f"{registry} answers {response.status} where a registry's API should be",
+                    host=registry,
+                    hint="check the name of the registry",
+                )
+            return response.status, response.headers.get("Date")
+
+    def endpoints_of(
+        self, registry: str
+    ) -> tuple[tuple[Endpoint, ...], Mapping[str, ssl.SSLContext]]:
+        """Return a registry's endpoints, and how some prove themselves; reads files.
+
+        Raises InvalidSetting.
+        """
+        found = self._endpoints.of(registry)
+        if registry not in self._contexts:
+            self._contexts[registry] = {one.host: one.context() for one in found if one.has_tls}
+        return found, self._contexts[registry]
+
     def repository(self, reference: Reference, *, on_event: OnEvent = ignore) -> Repository:
         """Return the repository that a reference names, counting its own requests."""
         return Repository(self, reference, on_event)
@@ -119,8 +164,12 @@ class Repository:
     """One repository of one registry, for one pull: ``requests`` counts what it took."""
 
     def __init__(self, client: RegistryClient, reference: Reference, on_event: OnEvent) -> None:
+        self._client = client
         self._transport = client.transport
-        self._authenticator = client.authenticator
+        # To be told of each byte of a blob that was taken.
+        self.throttle = client.throttle
+        # The endpoints, the registry's own last; None until they were looked up.
+        self._all: list[Source] | None = None
         self._on_event = on_event
         self.reference = reference
         self.host = api_host(reference.registry)
@@ -131,9 +180,12 @@ class Repository:
 
         Raises the RegistryError family; ImageError for a document that is not what it says.
         """
+        return await self._first(self._resolve, resolve=True)
+
+    async def _resolve(self, source: Source) -> Resolved:
         path = f"manifests/{self.reference.object}"
         try:
-            async with self._request("HEAD", path, {"Accept": _ACCEPT}) as response:
+            async with source.request("HEAD", path, {"Accept": _ACCEPT}) as response:
                 descriptor = self._described(response)
         except RegistryError as error:
             if error.status not in _HEAD_REFUSED:
@@ -141,14 +193,14 @@ class Repository:
             descriptor = None
         if descriptor is not None:
             return Resolved(descriptor)
-        async with self._request("GET", path, {"Accept": _ACCEPT}) as response:
+        async with source.request("GET", path, {"Accept": _ACCEPT}) as response:
             body = await self._read_document(response, None)
             media_type = _media_type(response)
             named = self._header_digest(response)
         wanted = self.reference.digest or named
         digest = Digest.of(body, wanted.algorithm if wanted else "sha256")
         if wanted is not None and digest != wanted:
-            raise self._wrong_digest(wanted)
+            raise self._wrong_digest(wanted, source.host)
         descriptor = Descriptor(media_type=media_type, digest=digest, size=len(body))
         return Resolved(descriptor, body)
 
@@ -160,64 +212,176 @@ class Repository:
         SizeMismatch, DigestMismatch, and the RegistryError family.
         """
         if descriptor.size > MAX_DOCUMENT:
-            raise self._too_large(descriptor.digest)
-        headers = {"Accept": _ACCEPT} if kind == "manifests" else {}
-        async with self._request("GET", f"{kind}/{descriptor.digest}", headers) as response:
-            body = await self._read_document(response, descriptor)
-        if descriptor.size >= 0 and len(body) != descriptor.size:
-            raise SizeMismatch(
-                f"{self.reference}: {self.host} serves {len(body)} bytes as"
-                f" {descriptor.digest}, and its descriptor says {descriptor.size}",
-                image=str(self.reference),
-                hint="pull again; if it stays, the image has to be pushed again",
-            )
-        if not descriptor.digest.matches(body):
-            raise self._wrong_digest(descriptor.digest)
-        return body
+            raise self._too_large(descriptor.digest, self.host)
+
+        async def fetch(source: Source) -> bytes:
+            headers = {"Accept": _ACCEPT} if kind == "manifests" else {}
+            async with source.request("GET", f"{kind}/{descriptor.digest}", headers) as response:
+                body = await self._read_document(response, descriptor)
+            if descriptor.size >= 0 and len(body) != descriptor.size:
+                raise SizeMismatch(
+                    f"{self.reference}: {source.host} serves {len(body)} bytes as"
+                    f" {descriptor.digest}, and its descriptor says {descriptor.size}",
+                    image=str(self.reference),
+                    hint="pull again; if it stays, the image has to be pushed again",
+                )
+            if not descriptor.digest.matches(body):
+                raise self._wrong_digest(descriptor.digest, source.host)
+            return body
+
+        return await self._first(fetch)
 
     @asynccontextmanager
     async def open_blob(
-        self, descriptor: Descriptor, *, offset: int = 0
+        self,
+        descriptor: Descriptor,
+        *,
+        offset: int = 0,
+        most_skipped: int | None = None,
+        avoid: Collection[str] = (),
     ) -> AsyncIterator[BlobStream]:
         """Open a blob from a byte on; its bytes come as they are stored.
+
+        most_skipped: how many bytes before the offset may be read again, if the registry does not
+            continue there but begins again; None for all.
+        avoid: endpoints to ask only if nobody else has it.
 
         The stream raises TransferError when it ends early: open it again at ``stream.offset``
         to continue.
         """
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        opened = False
-        try:
-            async with self._request("GET", f"blobs/{descriptor.digest}", headers) as response:
-                opened = True
-                yield self._blob(response, descriptor, offset)
-                return
-        except RegistryNotFound:
+        failures = _Failures(self)
+        with self._named():
+            for source in await self._sources(resolve=False, avoid=avoid):
+                opened = False
+                try:
+                    async with source.request(
+                        "GET", f"blobs/{descriptor.digest}", headers
+                    ) as response:
+                        opened = True
+                        yield self._blob(response, source, descriptor, offset, most_skipped)
+                        return
+                except RegistryError as error:
+                    if opened:
+                        raise
+                    await failures.add(source, error, final=not descriptor.urls)
+            own = self._own()
             urls = [
-                url for url in descriptor.urls or () if url.startswith("https://") and host_of(url)
+                url
+                for url in descriptor.urls or ()
+                if url.startswith("https://")
+                and host_of(url)
+                and self._transport.may_lead(own.host, host_of(url))
             ]
-            if opened or not urls:
-                raise
-        # A foreign layer is not in the registry but where its descriptor says; whoever wrote
-        # that gets none of our credentials (trap 43).  The digest is checked all the same.
+            reason = failures.reason()
+            if not urls or not isinstance(reason, RegistryNotFound):
+                raise reason
+            # A foreign layer is not in the registry but where its descriptor says; whoever wrote
+            # that gets none of our credentials (trap 43).  The digest is checked all the same.
+            async with own.follow("GET", urls[0], headers, own.host) as response:
+                if response.status not in (200, 206) and not is_empty_range(response, headers):
+                    raise await own.error(response)
+                yield self._blob(response, own, descriptor, offset, most_skipped)
+
+    def _own(self) -> Source:
+        """Return the registry's own endpoint, which comes last."""
+        assert self._all
+        return self._all[-1]
+
+    def _blob(
+        self,
+        response: Response,
+        source: Source,
+        descriptor: Descriptor,
+        offset: int,
+        most_skipped: int | None,
+    ) -> BlobStream:
+        return BlobStream(
+            response,
+            descriptor,
+            offset,
+            endpoint=source.host,
+            image=str(self.reference),
+            most_skipped=offset if most_skipped is None else most_skipped,
+        )
+
+    # --- which endpoint -----------------------------------------------------------------------
+
+    async def _sources(self, *, resolve: bool, avoid: Collection[str] = ()) -> list[Source]:
+        """Return the endpoints that may be asked, in that order."""
+        if self._all is None:
+            endpoints, contexts = await asyncio.to_thread(
+                self._client.endpoints_of, self.reference.registry
+            )
+            self._all = [self._source(one, contexts.get(one.host)) for one in endpoints]
+        able = [
+            one for one in self._all if (one.endpoint.resolve if resolve else one.endpoint.pull)
+        ]
+        if not able:
+            raise RegistryUnreachable(
+                f"no host that is configured for {self.reference.registry} may be asked to"
+                f" {'resolve' if resolve else 'pull'}",
+                host=self.reference.registry,
+                hint="mend hosts.toml",
+            )
+        mirrors = [one.host for one in able if one.endpoint.mirror]
+        dead = await asyncio.to_thread(self._dead, mirrors) if mirrors else ()
+        ordered = in_order([one.endpoint for one in able], dead=dead, avoid=avoid)
+        return sorted(able, key=lambda one: ordered.index(one.endpoint))
+
+    def _dead(self, hosts: list[str]) -> list[str]:
+        return [host for host in hosts if self._transport.memory.is_dead(host)]
+
+    def _source(self, endpoint: Endpoint, tls: ssl.SSLContext | None) -> Source:
+        return Source(
+            self._transport,
+            self._client.authenticator,
+            endpoint,
+            self.reference,
+            tls=tls,
+            on_event=self._on_event,
+            count=self._count,
+        )
+
+    def _count(self) -> None:
+        self.requests += 1
+
+    async def _first(
+        self, work: Callable[[Source], Coroutine[Any, Any, _T]], *, resolve: bool = False
+    ) -> _T:
+        """Do the work with the first endpoint where it succeeds."""
         with self._named():
-            async with self._follow("GET", urls[0], headers) as response:
-                if response.status not in (200, 206) and not _is_empty_range(response, headers):
-                    raise await self._error(response)
-                yield self._blob(response, descriptor, offset)
+            failures = _Failures(self)
+            for source in await self._sources(resolve=resolve):
+                try:
+                    return await self._again(source, work)
+                except (RegistryError, ImageError) as error:
+                    await failures.add(source, error)
+            raise failures.reason()
 
-    def _blob(self, response: Response, descriptor: Descriptor, offset: int) -> BlobStream:
-        return BlobStream(response, descriptor, offset, image=str(self.reference))
+    async def _again(self, source: Source, work: Callable[[Source], Coroutine[Any, Any, _T]]) -> _T:
+        """Do the work; once more, and once more, if a body breaks off and nobody else has it."""
+        for delay in BODY_DELAYS if source.may_wait else ():
+            try:
+                return await work(source)
+            except TransferError as error:
+                self._on_event(Retrying(what=source.host, reason=str(error), delay=delay))
+            await asyncio.sleep(delay)
+        return await work(source)
 
-    # --- one request, with authentication, redirects and retries -----------------------------
+    async def failed(self, endpoint: str, why: str) -> None:
+        """Note that an endpoint failed; while there are others, it is not asked for a while."""
+        for source in self._all or ():
+            if source.host == endpoint and source.endpoint.mirror:
+                await asyncio.to_thread(self._transport.memory.note_dead, endpoint, why)
 
-    @asynccontextmanager
-    async def _request(
-        self, method: str, path: str, headers: Mapping[str, str]
-    ) -> AsyncIterator[Response]:
-        """Send until there is an answer that is no error; raise what it means otherwise."""
-        with self._named():
-            async with self._retried(method, path, headers) as response:
-                yield response
+    def is_mirror(self, endpoint: str) -> bool:
+        """Tell whether a host is one for which there are others."""
+        return any(one.host == endpoint and one.endpoint.mirror for one in self._all or ())
+
+    def tell(self, source: Source, error: Exception) -> None:
+        """Tell that the next endpoint is asked."""
+        self._on_event(Retrying(what=f"{source.host}", reason=str(error), delay=0.0))
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -228,176 +392,6 @@ class Repository:
             error.about(str(self.reference))
             raise
 
-    @asynccontextmanager
-    async def _retried(
-        self, method: str, path: str, headers: Mapping[str, str]
-    ) -> AsyncIterator[Response]:
-        tries = 0
-        while True:
-            tries += 1
-            opened = False
-            try:
-                async with self._authorized(method, path, headers) as response:
-                    if response.status in (200, 206) or _is_empty_range(response, headers):
-                        opened = True
-                        yield response
-                        return
-                    failure = await self._error(response)
-                    status: int | None = response.status
-                    after = parse_retry_after(
-                        response.headers.get("Retry-After"), datetime.now(UTC)
-                    )
-            except Interrupted as error:
-                if opened:
-                    raise
-                failure, status, after = error, None, None
-            delay = retry_delay(tries, status, after, random.random)
-            if delay is None:
-                raise failure
-            what = f"{method} {path.partition(':')[0]} at {self.host}"
-            self._on_event(Retrying(what=what, reason=str(failure), delay=delay))
-            await asyncio.sleep(delay)
-
-    @asynccontextmanager
-    async def _authorized(
-        self, method: str, path: str, headers: Mapping[str, str]
-    ) -> AsyncIterator[Response]:
-        """Send with what authorization we have, and with a fresh one when it is refused."""
-        repository = self.reference.repository
-        header = self._authenticator.known_header(self.host, repository)
-        # A header from the cache may be stale, so it may be renewed; a fresh one may not.
-        renewed = False
-        while True:
-            sent = {**headers, "Authorization": header} if header else headers
-            async with self._redirected(method, path, sent) as response:
-                if response.status != 401 or response.host != self.host:
-                    yield response
-                    return
-                values = response.header_values("WWW-Authenticate")
-            if renewed:
-                raise await self._authenticator.rejection(
-                    host=self.host,
-                    registry=self.reference.registry,
-                    repository=repository,
-                    image=str(self.reference),
-                )
-            renewed = True
-            header = await self._authenticator.answer(
-                self._send_for_token,
-                host=self.host,
-                registry=self.reference.registry,
-                repository=repository,
-                image=str(self.reference),
-                values=values,
-                refused=header,
-                plain=self._transport.scheme(self.host) == "http"
-                or self._transport.is_insecure(self.host),
-            )
-
-    @asynccontextmanager
-    async def _redirected(
-        self, method: str, path: str, headers: Mapping[str, str]
-    ) -> AsyncIterator[Response]:
-        """Send to the registry, and go where it sends us."""
-        url = f"/v2/{self.reference.repository}/{path}"
-        async with self._transport.to_registry(method, self.host, url, headers) as response:
-            self.requests += 1
-            if response.status not in _REDIRECTS:
-                yield response
-                return
-            target = self._target(response)
-        async with self._follow(
-            method, target, _without_secrets(headers, response.url, target)
-        ) as r:
-            yield r
-
-    @asynccontextmanager
-    async def _follow(
-        self, method: str, url: str, headers: Mapping[str, str]
-    ) -> AsyncIterator[Response]:
-        for _ in range(MAX_REDIRECTS):
-            async with self._transport.send(method, url, headers) as response:
-                self.requests += 1
-                if response.status not in _REDIRECTS:
-                    yield response
-                    return
-                target = self._target(response)
-            headers = _without_secrets(headers, url, target)
-            url = target
-        raise RegistryProtocolError(
-            f"{self.reference}: {self.host} redirects more than {MAX_REDIRECTS} times",
-            host=self.host,
-            image=str(self.reference),
-            hint="tell the registry's operators",
-        )
-
-    def _target(self, response: Response) -> str:
-        location = response.headers.get("Location", "")
-        try:
-            target = urljoin(response.url, location) if location else ""
-        except ValueError:
-            target = ""
-        host = host_of(target)
-        scheme = urlsplit(target).scheme if host else ""
-        if scheme not in ("http", "https"):
-            why = "to nowhere"
-        elif (
-            scheme == "http"
-            and response.url.startswith("https:")
-            and not self._transport.is_insecure(host)
-        ):
-            why = f"to {host} without TLS"
-        else:
-            return target
-        raise RegistryProtocolError(
-            f"{self.reference}: {response.host} redirects {why}",
-            host=response.host,
-            image=str(self.reference),
-            hint="tell the registry's operators",
-        )
-
-    async def _send_for_token(
-        self,
-        method: str,
-        url: str,
-        *,
-        params: list[tuple[str, str]] | None = None,
-        data: dict[str, str] | None = None,
-        authorization: str | None = None,
-    ) -> tuple[int, bytes]:
-        if params:
-            url += ("&" if "?" in url else "?") + urlencode(params)
-        headers = {"Accept": "application/json"}
-        if authorization:
-            headers["Authorization"] = authorization
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                async with self._transport.send(method, url, headers, data=data) as response:
-                    self.requests += 1
-                    status: int | None = response.status
-                    body = await response.read(MAX_TOKEN_BODY)
-                    after = parse_retry_after(
-                        response.headers.get("Retry-After"), datetime.now(UTC)
-                    )
-                    host = response.host
-                failure: RegistryError | None = None
-            except Interrupted as error:
-                failure, status, after, body, host = error, None, None, b"", ""
-            delay = retry_delay(tries, status, after, random.random)
-            if delay is None:
-                if failure is not None:
-                    raise failure
-                if status == 429:
-                    raise self._rate_limited(host, after)
-                assert status is not None
-                return status, body
-            what = f"{method} of a token for {self.host}"
-            reason = str(failure) if failure else f"status {status}"
-            self._on_event(Retrying(what=what, reason=reason, delay=delay))
-            await asyncio.sleep(delay)
-
     # --- what answers mean --------------------------------------------------------------------
 
     def _described(self, response: Response) -> Descriptor | None:
@@ -406,12 +400,12 @@ class Repository:
         length = response.headers.get("Content-Length", "")
         wanted = self.reference.digest
         if wanted is not None and digest is not None and digest != wanted:
-            raise self._wrong_digest(wanted)
+            raise self._wrong_digest(wanted, response.host)
         digest = wanted or digest
         if digest is None or not (length.isascii() and length.isdigit()) or int(length) == 0:
             return None
         if int(length) > MAX_DOCUMENT:
-            raise self._too_large(digest)
+            raise self._too_large(digest, response.host)
         return Descriptor(media_type=_media_type(response), digest=digest, size=int(length))
 
     def _header_digest(self, response: Response) -> Digest | None:
@@ -431,57 +425,54 @@ class Repository:
     async def _read_document(self, response: Response, descriptor: Descriptor | None) -> bytes:
         body = await response.read(MAX_DOCUMENT)
         if len(body) > MAX_DOCUMENT:
-            raise self._too_large(descriptor.digest if descriptor else None)
+            raise self._too_large(descriptor.digest if descriptor else None, response.host)
         return body
 
-    def _too_large(self, digest: Digest | None) -> DocumentTooLarge:
+    def _too_large(self, digest: Digest | None, host: str) -> DocumentTooLarge:
         what = f"document {digest}" if digest else "manifest"
         return DocumentTooLarge(
-            f"{self.reference}: the {what} at {self.host} is larger than"
+            f"{self.reference}: the {what} at {host} is larger than"
             f" {MAX_DOCUMENT // 1024 // 1024} MiB",
             image=str(self.reference),
             hint="this is no image that can be pulled",
         )
 
-    def _wrong_digest(self, digest: Digest) -> DigestMismatch:
+    def _wrong_digest(self, digest: Digest, host: str) -> DigestMismatch:
         return DigestMismatch(
-            f"{self.reference}: what {self.host} serves as {digest} has another digest",
+            f"{self.reference}: what {host} serves as {digest} has another digest",
             image=str(self.reference),
             hint="pull again; if it stays, the image has to be pushed again",
         )
 
-    def _rate_limited(self, host: str, after: float | None) -> RateLimited:
-        return RateLimited(
-            f"{self.reference}: {host} asks us to slow down (429)",
-            host=host,
-            image=str(self.reference),
-            retry_after=after,
-            hint=f"try again in {after:.0f} seconds" if after else "try again later, or log in",
-        )
 
-    async def _error(self, response: Response) -> RegistryError:
-        """Return what a status that is no success means."""
-        if response.status == 429:
-            after = parse_retry_after(response.headers.get("Retry-After"), datetime.now(UTC))
-            return self._rate_limited(response.host, after)
-        try:
-            body = await response.read(MAX_ERROR_BODY)
-        except RegistryError:
-            body = b""
-        return error_of(response.status, body, self.reference, response.host)
+class _Failures:
+    """Why the endpoints that were asked did not serve."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._errors: list[tuple[Source, SerpentineError]] = []
+
+    async def add(self, source: Source, error: SerpentineError, *, final: bool = True) -> None:
+        """Note it; raises it at once if the registry itself has spoken, and that is final."""
+        self._errors.append((source, error))
+        if not source.endpoint.mirror:
+            if final and isinstance(
+                error, RegistryNotFound | AuthenticationError | DocumentTooLarge
+            ):
+                raise self.reason()
+            return
+        if isinstance(error, RegistryUnreachable | TransferError):
+            await self._repository.failed(source.host, str(error))
+        self._repository.tell(source, error)
+
+    def reason(self) -> SerpentineError:
+        """Return the error to raise: the registry's own if there is one."""
+        chosen = next((e for s, e in self._errors if not s.endpoint.mirror), self._errors[-1][1])
+        for source, error in self._errors:
+            if error is not chosen:
+                chosen.add_note(f"before, {source.host} failed: {error}")
+        return chosen
 
 
 def _media_type(response: Response) -> str:
     return response.headers.get("Content-Type", "").partition(";")[0].strip()
-
-
-def _is_empty_range(response: Response, headers: Mapping[str, str]) -> bool:
-    return response.status == 416 and "Range" in headers
-
-
-def _without_secrets(headers: Mapping[str, str], before: str, after: str) -> Mapping[str, str]:
-    """Return the headers for a redirect: to another host without Authorization (trap 36)."""
-    old, new = urlsplit(before), urlsplit(after)
-    if (old.scheme, old.netloc) == (new.scheme, new.netloc):
-        return headers
-    return {name: value for name, value in headers.items() if name != "Authorization"}

@@ -24,6 +24,8 @@ from serpentine.model.reference import DOCKER_HUB
 __all__ = ["Credential", "CredentialStore"]
 
 HELPER_TIMEOUT = 30.0
+# A file with thousands of logins is far from this.
+MAX_FILE = 4 * 1024 * 1024
 _HELPER_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _HUB_KEY = "https://index.docker.io/v1/"
 _HUB_NAMES = (_HUB_KEY, DOCKER_HUB, "index.docker.io", "registry-1.docker.io")
@@ -171,6 +173,7 @@ def _from_helper(program: str, key: str, status: int, out: bytes, err: bytes) ->
         user, secret = answer["Username"], answer["Secret"]
         if not isinstance(user, str) or not isinstance(secret, str):
             raise TypeError
+        (user + secret).encode()  # JSON can hold what no request can
     except (ValueError, KeyError, TypeError, RecursionError):
         raise AuthenticationError(
             f"the credential helper {program} gave no JSON with Username and Secret for {key}",
@@ -208,7 +211,14 @@ def _read_all(paths: list[tuple[Path, bool]]) -> list[_File]:
 
 def _read(path: Path, *, required: bool) -> _File | None:
     try:
-        data = json.loads(path.read_text(encoding="utf-8") or "{}")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE + 1)
+        if len(content) > MAX_FILE:
+            raise InvalidSetting(
+                f"the credentials file {path} is larger than {MAX_FILE // 1024 // 1024} MiB",
+                hint="it cannot be one; mend it",
+            )
+        data = json.loads(content.decode() or "{}")
     except (FileNotFoundError, NotADirectoryError):
         if required:
             raise InvalidSetting(
@@ -243,7 +253,15 @@ def _read(path: Path, *, required: bool) -> _File | None:
 def _from_entry(entry: Mapping[str, Any], source: str) -> Credential | None:
     def text(name: str) -> str:
         value = entry.get(name)
-        return value if isinstance(value, str) else ""
+        if not isinstance(value, str):
+            return ""
+        try:
+            value.encode()  # JSON can hold what no request can
+        except UnicodeEncodeError:
+            raise InvalidSetting(
+                f"{source} has characters in {name!r} that are none", hint="log in again"
+            ) from None
+        return value
 
     user, password = text("username"), text("password")
     if packed := text("auth"):

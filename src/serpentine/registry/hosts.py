@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 import urllib.request
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -12,16 +13,20 @@ from serpentine.errors import InvalidSetting
 from serpentine.model.reference import DOCKER_HUB
 
 __all__ = [
+    "address_kind",
     "api_host",
     "host_of",
+    "inner_kind",
     "is_loopback",
     "matches",
+    "may_lead",
     "proxy_for",
     "schemes_for",
     "split_host",
 ]
 
 _HUB_API = "registry-1.docker.io"
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def api_host(registry: str) -> str:
@@ -57,6 +62,66 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
+
+
+def address_kind(text: str) -> str:
+    """Return what kind of inner address an IP address is; "" for a public one, or for none.
+
+    The kinds: ``loopback``, ``private``, ``link-local``, ``unspecified``, ``multicast``.
+    """
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        inside = address.ipv4_mapped or address.sixtofour
+        # What translators to IPv4 (RFC 6052) and the oldest form hold.
+        if inside is None and (address in _NAT64 or 1 < int(address) < 2**32):
+            inside = ipaddress.IPv4Address(int(address) % 2**32)
+        if inside is not None:
+            address = inside
+        elif address.is_site_local:
+            return "private"
+    if address.is_loopback:
+        return "loopback"
+    if address.is_link_local:
+        return "link-local"
+    if address.is_multicast:
+        return "multicast"
+    # Linux takes all of 0.0.0.0/8 for this machine or refuses it.
+    if address.is_unspecified or (address.version == 4 and int(address) < 2**24):
+        return "unspecified"
+    return "" if address.is_global else "private"
+
+
+def inner_kind(host: str) -> str:
+    """Return the kind of ``host[:port]`` as address_kind() has it, by what it says alone.
+
+    Names are looked up where the connection is made; here they are public, but for localhost.
+    """
+    name = split_host(host).rstrip(".").lower()
+    if is_loopback(name):
+        return "loopback"
+    if kind := address_kind(name):
+        return kind
+    # 127.1, 2130706433, 0x7f000001: what the C library takes for an address.
+    if re.fullmatch(r"[0-9a-fx.]+", name):
+        try:
+            return address_kind(str(ipaddress.IPv4Address(socket.inet_aton(name))))
+        except OSError:
+            return ""
+    return ""
+
+
+def may_lead(source: str, target: str) -> bool:
+    """Tell whether a host may send us on to another, by the kinds of their addresses.
+
+    A registry on the internet has no business within our network; one that is there itself may
+    name its neighbours.  Link-local is where clouds keep the machine's own credentials.
+    """
+    if target in ("loopback", "private"):
+        return source in ("loopback", "private", "link-local")
+    return target in ("", source)
 
 
 def matches(host: str, hosts: Collection[str]) -> bool:

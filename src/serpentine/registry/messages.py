@@ -44,7 +44,10 @@ def error_of(status: int, body: bytes, reference: Reference, host: str) -> Regis
         else:
             what = f"{host} does not have it{said}"
         error = RegistryNotFound(
-            f"{image}: {what}", host=host, image=image, hint="check the name and the tag"
+            f"{image}: {what}",
+            host=host,
+            image=image,
+            hint=f"check the name and the {'digest' if reference.digest else 'tag'}",
         )
     elif status in (401, 403):
         error = AuthenticationError(

@@ -5,31 +5,56 @@ No redirects, no retries, no authentication: those are decisions, and made above
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
+import random
+import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from serpentine.errors import (
+    RateLimited,
     RegistryError,
     RegistryProtocolError,
     RegistryUnreachable,
     TransferError,
 )
-from serpentine.registry.hosts import host_of, is_loopback, matches, proxy_for, schemes_for
+from serpentine.registry.hosts import (
+    address_kind,
+    host_of,
+    inner_kind,
+    is_loopback,
+    matches,
+    may_lead,
+    proxy_for,
+    schemes_for,
+    split_host,
+)
+from serpentine.registry.memory import HostMemory
+from serpentine.registry.retry import MAX_RETRY_AFTER, parse_retry_after
 
 __all__ = ["Interrupted", "PlainHTTPError", "Response", "Transport"]
 
-CONNECT_TIMEOUT = 30.0
-READ_TIMEOUT = 60.0
+CONNECT_TIMEOUT = 15.0
+READ_TIMEOUT = 32.0
 # One socket read hands us up to this much: larger costs memory per connection, smaller time.
 READ_BUFFER = 256 * 1024
+# Statuses with which a host may name a time before which it wants no request.
+_SLOW_DOWN = frozenset({429, 503})
+# Seconds without a request to a host that asks to slow down, and does not say for how long.
+PATIENCE = 1.0
+# Bytes per second below which a document is given up.
+SLOWEST = 256.0
 # Presigned Location headers are long.
 MAX_HEADER = 64 * 1024
 # How much of a body that nobody wants is read for the sake of its connection.
@@ -53,6 +78,8 @@ class Response:
     url: str
     host: str
     _raw: aiohttp.ClientResponse
+    # Seconds after which a document's body must have come at some speed.
+    patience: float = READ_TIMEOUT
 
     def header_values(self, name: str) -> list[str]:
         """Return all values of a header that may stand several times."""
@@ -75,14 +102,25 @@ class Response:
             ) from error
 
     async def read(self, limit: int) -> bytes:
-        """Return the body, at most ``limit`` bytes and one more, which tells that it is longer."""
+        """Return the body, at most ``limit`` bytes and one more, which tells that it is longer.
+
+        Raises TransferError when it breaks off, or comes so slowly that it might never end.
+        """
         parts: list[bytes] = []
         size = 0
+        began = time.monotonic()
         async for chunk in self.chunks():
             parts.append(chunk[: limit + 1 - size])
             size += len(parts[-1])
             if size > limit:
                 break
+            took = time.monotonic() - began
+            if took > self.patience and size / took < SLOWEST:
+                raise TransferError(
+                    f"{self.host} sends {size / took:.0f} bytes a second",
+                    host=self.host,
+                    hint="try again",
+                )
         return b"".join(parts)
 
 
@@ -95,19 +133,35 @@ class Transport:
         insecure: Collection[str] = (),
         user_agent: str = "serpentine",
         connections_per_host: int = 8,
+        memory: HostMemory | None = None,
+        read_timeout: float = READ_TIMEOUT,
     ) -> None:
+        self.memory = memory or HostMemory()
         self._insecure = frozenset(insecure)
         self._verified = ssl.create_default_context()
         self._unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._unverified.check_hostname = False
         self._unverified.verify_mode = ssl.CERT_NONE
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, limit_per_host=connections_per_host),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT
+        self._user_agent = user_agent
+        self._connections_per_host = connections_per_host
+        self._read_timeout = read_timeout
+        # Of the names that were looked up: what kind of address they stand for.
+        self._kinds: dict[str, str] = {}
+        self._resolvers = (_Resolver(self._kinds), _PublicResolver())
+        self._session = self._open(self._resolvers[0])
+        # Whom a public registry sends us to is reached by connections of their own, which
+        # go to public addresses only.
+        self._guarded = self._open(self._resolvers[1])
+        self._schemes: dict[str, str] = {}
+        self.requests = 0
+
+    def _open(self, resolver: AbstractResolver) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, limit_per_host=self._connections_per_host, resolver=resolver
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": user_agent},
+            headers={"User-Agent": self._user_agent},
             auto_decompress=False,
             read_bufsize=READ_BUFFER,
             max_line_size=MAX_HEADER,
@@ -116,12 +170,22 @@ class Transport:
             # says over the registry's own authorization (trap 41).
             trust_env=False,
         )
-        self._schemes: dict[str, str] = {}
-        self.requests = 0
 
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+        await self._guarded.close()
+        for resolver in self._resolvers:
+            await resolver.close()
+
+    def may_lead(self, source: str, target: str) -> bool:
+        """Tell whether a host may send us to another, as far as their names say it."""
+        return self.is_insecure(target) or may_lead(self._kind(source), inner_kind(target))
+
+    def _kind(self, host: str) -> str:
+        if self.is_insecure(host):
+            return "private"  # the user trusts it, and the way to it
+        return inner_kind(host) or self._kinds.get(split_host(host), "")
 
     def is_insecure(self, host: str) -> bool:
         """Tell whether the user said that this host need not prove itself."""
@@ -133,23 +197,39 @@ class Transport:
 
     @asynccontextmanager
     async def to_registry(
-        self, method: str, host: str, path: str, headers: Mapping[str, str]
+        self,
+        method: str,
+        host: str,
+        path: str,
+        headers: Mapping[str, str],
+        *,
+        scheme: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        hurry: bool = False,
     ) -> AsyncIterator[Response]:
-        """Send a request to a registry, by the scheme that it speaks; found out once."""
-        known = self._schemes.get(host)
+        """Send a request to a registry, by the scheme that it speaks; found out once.
+
+        scheme: if that is known.  tls, hurry: as for ``send``.
+        """
+        known = scheme or self._schemes.get(host)
         schemes = (known,) if known else schemes_for(host, self._insecure)
-        for scheme in schemes:
+        for one in schemes:
             answered = False
             try:
-                async with self.send(method, f"{scheme}://{host}{path}", headers) as response:
-                    self._schemes[host] = scheme
+                async with self.send(
+                    method, f"{one}://{host}{path}", headers, tls=tls, hurry=hurry
+                ) as response:
+                    if scheme is None:
+                        # What was configured for a mirror says nothing of the same host asked by
+                        # its own name: that would then be asked in plain HTTP.
+                        self._schemes[host] = one
                     answered = True
                     yield response
                     return
             except PlainHTTPError:
                 # Nothing but a TLS greeting was sent.  A host that fails the greeting in any
                 # other way (a certificate, say) is an error and no reason to do without.
-                if answered or scheme == schemes[-1]:
+                if answered or one == schemes[-1]:
                     raise
 
     @asynccontextmanager
@@ -160,18 +240,37 @@ class Transport:
         headers: Mapping[str, str],
         *,
         data: Mapping[str, str] | None = None,
+        source: str = "",
+        tls: ssl.SSLContext | None = None,
+        hurry: bool = False,
     ) -> AsyncIterator[Response]:
         """Send one request.
 
-        Raises Interrupted, PlainHTTPError, RegistryUnreachable, RegistryProtocolError, and
-        InvalidSetting for a proxy that is none.
+        source: the host that sent us to this URL, if one did.
+        tls: how the host proves itself, if not as all others.
+        hurry: there is another host to ask: give up soon, and do not wait for this one.
+
+        Waits first for a host that asked for patience, whichever of our requests it told so.
+
+        Raises Interrupted, PlainHTTPError, RegistryUnreachable, RegistryProtocolError,
+        RateLimited where the wait would be too long, and InvalidSetting for a proxy that is none.
         """
         host = host_of(url)
+        await self._patience(host, 0.0 if hurry else MAX_RETRY_AFTER)
         proxy = None if is_loopback(host) else proxy_for(url)
-        context = self._unverified if self.is_insecure(host) else self._verified
+        context = tls or (self._unverified if self.is_insecure(host) else self._verified)
+        part = 4 if hurry else 1
+        timeout = aiohttp.ClientTimeout(
+            total=None,
+            sock_connect=CONNECT_TIMEOUT / part,
+            sock_read=self._read_timeout / part,
+        )
+        # With a proxy, it is the one that looks up names.
+        guard = source and not proxy and not self.is_insecure(host) and not self._kind(source)
+        session = self._guarded if guard and source != host else self._session
         try:
             # encoded: the URL is as the registry gave it; a signature covers each character.
-            raw = await self._session.request(
+            raw = await session.request(
                 method,
                 URL(url, encoded=True),
                 # Ranges and digests are over the bytes as stored (traps 38, 39).
@@ -179,13 +278,20 @@ class Transport:
                 data=data,
                 proxy=proxy,
                 ssl=context,
+                timeout=timeout,
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise _translate(error, host, proxy=proxy) from error
         self.requests += 1
-        response = Response(raw.status, raw.headers, url, host, raw)
+        response = Response(raw.status, raw.headers, url, host, raw, self._read_timeout)
         try:
+            if raw.status in _SLOW_DOWN:
+                after = parse_retry_after(raw.headers.get("Retry-After"), datetime.now(UTC))
+                if after is None and raw.status == 429:
+                    after = PATIENCE
+                if after:
+                    await asyncio.to_thread(self.memory.close, host, after)
             yield response
             if raw.status >= 300:
                 # A 401 or a redirect has a short body that nobody reads; read to its end, the
@@ -197,9 +303,69 @@ class Transport:
             # any other is not worth waiting for.
             raw.close()
 
+    async def _patience(self, host: str, longest: float) -> None:
+        while left := await asyncio.to_thread(self.memory.closed_for, host):
+            if left > longest:
+                raise RateLimited(
+                    f"{host} asks us to wait for {left:.0f} seconds",
+                    host=host,
+                    retry_after=left,
+                    # Logging in would not help: all of us wait, whoever we are there.
+                    hint=f"try again in {left:.0f} seconds",
+                )
+            # Never before the time, and not all at the same moment after it.
+            await asyncio.sleep(left + random.uniform(0.01, 0.2))  # noqa: S311 - no secret
+
+
+class _Resolver(AbstractResolver):
+    """Looks up names, and notes which stand for inner addresses only."""
+
+    def __init__(self, kinds: dict[str, str]) -> None:
+        self._inner = aiohttp.DefaultResolver()
+        self._kinds = kinds
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return the addresses of a name."""
+        found = await self._inner.resolve(host, port, family)
+        kinds = [address_kind(one["host"]) for one in found]
+        self._kinds[host] = kinds[0] if all(kinds) else ""
+        return found
+
+    async def close(self) -> None:
+        """Let go of what the look-ups need."""
+        await self._inner.close()
+
+
+class _InnerAddressError(OSError):
+    """A name that should be a public host's stands for an inner address."""
+
+
+class _PublicResolver(_Resolver):
+    """Looks up names, and refuses those that stand for an inner address."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return the addresses of a name, all of them public."""
+        found = await super().resolve(host, port, family)
+        if any(address_kind(one["host"]) for one in found):
+            raise _InnerAddressError(host)
+        return found
+
 
 def _translate(error: Exception, host: str, *, proxy: str | None) -> RegistryError:
     """Return the error of our tree for a request that got no response."""
+    if isinstance(error.__cause__, _InnerAddressError):
+        return RegistryProtocolError(
+            f"a registry on the internet sends us to {host}, which is an address within a network",
+            host=host,
+            hint=f"if that is meant so, use --insecure-registry {host}",
+        )
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         reason = getattr(error.certificate_error, "verify_message", "") or "not valid"
         return RegistryUnreachable(

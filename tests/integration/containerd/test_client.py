@@ -716,7 +716,8 @@ class TestSnapshotsAndDiff:
 
     async def test_a_cancelled_apply_stops_half_way(self, client, snapshots, lease):
         """Trap 26: the daemon stops, too; what is there is half a layer, to be removed."""
-        names = 20_000
+        # So many that it is not done before we have noticed that it has begun, on a busy machine.
+        names = 50_000
         large = layer([file(f"f{n}") for n in range(names)], compression="none")
         blob = await self.put(client, lease, large)
         [mount] = await snapshots.prepare("key", lease=lease)

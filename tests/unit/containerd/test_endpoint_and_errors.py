@@ -66,9 +66,15 @@ def test_every_code_has_a_translation(code):
         ("UNAVAILABLE", "connection refused", errors.Unavailable),
         ("UNAVAILABLE", "the door is locked", errors.Unavailable),
         ("UNKNOWN", "write /x: no space left on device", errors.NoSpace),
+        ("UNKNOWN", "cannot delete a running process: unknown", errors.FailedPrecondition),
+        ("UNKNOWN", "failed: cannot exec in a stopped state", errors.FailedPrecondition),
+        ("UNKNOWN", 'exec: "cannot start a running process": not found', ContainerdError),
         ("UNKNOWN", "something", ContainerdError),
         ("UNAUTHENTICATED", "", errors.PermissionDenied),
         ("CANCELLED", "", errors.Unavailable),
+        ("UNKNOWN", "Stream removed (RST_STREAM (Received RST_STREAM …))", errors.Unavailable),
+        ("INTERNAL", "Received RST_STREAM with error code 2", errors.Unavailable),
+        ("INTERNAL", "Internal error from Core", errors.Unavailable),
     ],
 )
 def test_texts_that_matter(code, details, kind):

@@ -1,10 +1,22 @@
 """The plan: what to fetch and to unpack, and which entry of an index serves a platform."""
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from serpentine.events import LayerStatus
 from serpentine.model.digest import DiffID, Digest, chain_ids
 from serpentine.model.documents import Descriptor, Layer, PlatformEntry
 from serpentine.model.platform import Platform
-from serpentine.pull.plan import candidates, child_labels, list_platforms, make_plan
+from serpentine.pull.plan import (
+    Ready,
+    apply_next,
+    can_rebase,
+    candidates,
+    child_labels,
+    list_platforms,
+    make_plan,
+    worth_a_look,
+)
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -142,3 +154,44 @@ def test_labels_are_the_ones_that_containerds_collector_follows():
     assert child_labels(manifest=config, position=3) == {
         "containerd.io/gc.ref.content.m.3": str(config)
     }
+
+
+def test_the_lowest_layers_are_applied_first_as_many_as_may():
+    waiting = [Ready(4, alone=True), Ready(2, alone=True), Ready(3, alone=True)]
+    assert apply_next(waiting, {-1}, 2) == (2, 3)
+    assert apply_next(waiting, {-1}, 5) == (2, 3, 4)
+    assert apply_next(waiting, {-1}, 0) == ()
+
+
+def test_a_layer_that_needs_the_one_below_waits_for_it():
+    waiting = [Ready(2, alone=False), Ready(3, alone=True)]
+    assert apply_next(waiting, {-1, 0}, 2) == (3,)
+    assert apply_next(waiting, {-1, 0, 1}, 2) == (2, 3)
+
+
+def test_what_keeps_one_busy_anyway_is_not_looked_at():
+    assert worth_a_look([], 2) == ()
+    assert worth_a_look([5], 2) == ()
+    assert worth_a_look([5, 5], 2) == (1,)
+    assert worth_a_look([5] * 6, 2) == (1, 3, 5)
+    assert worth_a_look([5] * 6, 4) == (1, 2, 3, 4, 5)
+    assert worth_a_look([5] * 9, 4) == (1, 2, 3, 4, 5, 7, 8)
+    # A large one at the bottom is enough for one.
+    assert worth_a_look([50, 5, 5, 5, 5], 2) == (1, 2, 3, 4)
+    # A large one above is too much for one that has waited.
+    assert worth_a_look([1, 1, 50, 5, 5], 2) == (2, 4)
+
+
+@given(st.lists(st.integers(0, 1000), max_size=30), st.integers(2, 6))
+def test_no_more_goes_in_order_than_one_in_so_many(sizes, at_once):
+    chosen = worth_a_look(sizes, at_once)
+    assert 0 not in chosen
+    in_order = sum(size for place, size in enumerate(sizes) if place not in chosen)
+    assert in_order * at_once <= max(sum(sizes), sizes[0] * at_once if sizes else 0)
+    assert not sizes or len(sizes) == 1 or chosen[-1] == len(sizes) - 1
+
+
+def test_the_overlay_snapshotter_alone_is_given_layers_without_a_parent():
+    assert can_rebase("overlayfs", ["remap-ids", "rebase"])
+    assert not can_rebase("overlayfs", ["remap-ids"])
+    assert not can_rebase("erofs", ["rebase"])
