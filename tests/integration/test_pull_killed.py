@@ -1,7 +1,7 @@
 """Pulls whose process, or whose containerd, is killed outright at random moments.
 
-What the registry served is the judge: each blob once, and one chunk more for each kill (see
-``Killable.allowance``).  The seed of a failing test makes the same image and the same moments.
+What the registry served is the judge: each blob once, and one chunk more for each kill while it
+came.  The seed of a failing test makes the same image and the same moments.
 ``make chaos`` runs them all, ``make test`` a few.
 """
 
@@ -12,10 +12,11 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import serpentine
 import serpentine.engine
 from serpentine import Engine
 from serpentine._session import current_session
+from serpentine.containerd import Containerd
 from serpentine.containerd.leases import Leases
 from serpentine.daemon.embedded import Embedded, Process
 from serpentine.errors import Unavailable
@@ -32,7 +34,16 @@ from serpentine.events import ignore
 from serpentine.pull.leases import LABEL_PULL, LABEL_SESSION, LIFETIME
 from tests.conftest import CONTAINERDS
 from tests.support.faulty import FaultyRegistry
-from tests.support.kills import BANDWIDTH, IN_A_ROW, Killable, assert_only, series, until
+from tests.support.images import file, image, layer, noise
+from tests.support.kills import (
+    BANDWIDTH,
+    CHUNK,
+    IN_A_ROW,
+    Killable,
+    assert_only,
+    series,
+    until,
+)
 from tests.support.servers import ContainerdServer
 
 pytestmark = [
@@ -69,7 +80,7 @@ async def test_our_process(containerd, namespace, seed):
                 if kills < IN_A_ROW and await made.moment(
                     registry, chance, lambda p=process: p.returncode is not None
                 ):
-                    may = await made.allowance(registry, containerd.endpoint, namespace)
+                    may = await made.allowance(containerd.endpoint, namespace)
                     with contextlib.suppress(ProcessLookupError):  # it has just ended
                         process.kill()
                 _, err = await process.communicate()
@@ -83,6 +94,45 @@ async def test_our_process(containerd, namespace, seed):
             made.judge(registry, allowed)
             await assert_only(containerd.endpoint, namespace, reference, made)
     assert kills == IN_A_ROW
+
+
+async def test_our_process_far_ahead_of_containerd(containerd, namespace):
+    """It takes from a fast registry no more than a chunk beyond what containerd has got."""
+    environ = {**os.environ, **containerd.environ, "CONTAINERD_NAMESPACE": namespace}
+    made = layer([file("file", noise("ahead", 16_000_000))], compression="none")
+    with FaultyRegistry() as registry:
+        reference = registry.add(image([made]), "killed/ahead", "1")
+        for _ in range(IN_A_ROW):
+            before = registry.served(made.digest)
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "serpentine", "pull", "--quiet", reference), env=environ
+            )
+            await until(lambda start=before: registry.served(made.digest) > start + 2_000_000)
+            with stopped(containerd.pid):
+                # Until nothing moves: all that can wait on the way does.
+                last = -1
+                while last != (last := registry.served(made.digest)):  # noqa: ASYNC110
+                    await asyncio.sleep(0.3)
+                process.kill()
+                await process.wait()
+            await asyncio.to_thread(registry.settle)
+            async with Containerd(containerd.endpoint, namespace=namespace) as client:
+                [ingest] = await client.content.list_statuses()
+            _, reached = registry.ranges(made.digest)[-1]
+            assert 0 < reached - ingest.offset <= CHUNK
+        async with containerd.connect(namespace=namespace) as engine:
+            await engine.pull_image(reference)
+        assert registry.served(made.digest) <= len(made.blob) + IN_A_ROW * CHUNK
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process for a while."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture(params=CONTAINERDS)
@@ -115,7 +165,7 @@ async def test_our_containerd(embedded, seed):
         while kills + len(killed) < IN_A_ROW and await made.moment(registry, chance, pull.done):
             process = embedded.process()
             assert process is not None
-            allowed.append(await made.allowance(registry, embedded.endpoint, "serpentine"))
+            allowed.append(await made.allowance(embedded.endpoint, "serpentine"))
             os.kill(process.pid, 9)
             killed.append(process)
             await until(lambda: pull.done() or embedded.process() not in (None, *killed))
@@ -203,7 +253,7 @@ async def pull_and_look(
             pull = asyncio.create_task(engine.pull_image(reference))
             if meanwhile is not None:
                 await until(lambda: made.served(registry) > made.size // 2)
-                allowed.append(await made.allowance(registry, embedded.endpoint, "serpentine"))
+                allowed.append(await made.allowance(embedded.endpoint, "serpentine"))
                 await meanwhile()
             await pull
         await asyncio.to_thread(registry.settle)
@@ -223,7 +273,7 @@ async def test_somebody_elses_containerd(version):
         async with server.connect() as engine:
             pull = asyncio.create_task(engine.pull_image(reference))
             await until(lambda: made.served(registry) > made.size // 2)
-            may = await made.allowance(registry, server.endpoint, "serpentine")
+            may = await made.allowance(server.endpoint, "serpentine")
             server.kill()
             with pytest.raises(Unavailable) as caught:
                 await pull

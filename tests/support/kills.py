@@ -15,9 +15,7 @@ from tests.support.images import Image, Layer, file, image, layer, noise
 
 # What may be fetched again for each kill, of each blob.
 CHUNK = 1 << 20
-# Of each connection, in bytes per second: a pull takes long enough to be met in the middle, and
-# what waits in sockets and between the processes, which the registry counts as served, stays below
-# a chunk even on a busy machine.
+# Of each connection, in bytes per second: a pull takes long enough to be met in the middle.
 BANDWIDTH = 3_000_000
 # Of one pull: a second kill meets what the first one left.
 IN_A_ROW = 2
@@ -83,30 +81,11 @@ class Killable:
         await asyncio.sleep(pause)
         return not over()
 
-    async def allowance(
-        self, registry: FaultyRegistry, endpoint: Endpoint, namespace: str
-    ) -> dict[str, int]:
-        """Return how much of each blob may come again because of a kill that happens now.
-
-        That is one chunk.  Where containerd has fallen behind, because its disk is slow, or others
-        use the processor, what it has not taken is lost as well: it may be a chunk on its way to
-        it, and what waits before that, in our process and in the kernel's sockets.
-        """
+    async def allowance(self, endpoint: Endpoint, namespace: str) -> dict[str, int]:
+        """Return how much of each blob may come again because of a kill that happens now."""
         async with Containerd(endpoint, namespace=namespace) as client:
-            taken = {one.ref: one.offset for one in await client.content.list_statuses()}
             whole = {str(one.digest) for one in await client.content.all()}
-        allowed = {}
-        for digest in self.image.blobs:
-            # By this attempt: what an earlier one had lost is not lost again.
-            _, reached = [(0, 0), *registry.ranges(digest)][-1]
-            behind = reached - taken.get(f"layer-{digest}", 0)
-            allowed[digest] = CHUNK + behind if behind > CHUNK // 2 else CHUNK
-            if digest in whole:
-                allowed[digest] = 0
-            elif reached < CHUNK:
-                # There is no more that could come again, but what was served since we looked.
-                allowed[digest] = reached + CHUNK // 2
-        return allowed
+        return {digest: 0 if digest in whole else CHUNK for digest in self.image.blobs}
 
     def judge(self, registry: FaultyRegistry, kills: Sequence[dict[str, int]]) -> None:
         """Hold what was served of each blob against what may have been; kills: their allowances."""

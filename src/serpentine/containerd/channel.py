@@ -224,5 +224,5 @@ def unreachable(endpoint: Endpoint, why: str) -> DaemonUnreachable:
     )
 
 
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
+def _serialize(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import grpc
 from google.protobuf.empty_pb2 import Empty
@@ -39,7 +39,12 @@ _SERVICE = "/containerd.services.content.v1.Content/"
 # larger ones memory on both sides (a pull of 1 GB in three streams peaks at 98 MB with 1 MiB, at
 # 70 MB with 256 KiB); answers are waited for only when the window is full.
 MESSAGE_SIZE = 256 * 1024
-MAX_IN_FLIGHT = 4
+MAX_IN_FLIGHT = 2
+
+# How a field of bytes begins on the wire: its number, and "so many bytes follow".
+_DATA_TAG = pb.WriteContentRequest.DESCRIPTOR.fields_by_name["data"].number << 3 | 2
+
+Buffer: TypeAlias = bytes | memoryview
 
 # How often to look whether an ingest that another client holds is gone, in seconds.
 POLL_FIRST = 0.002
@@ -328,7 +333,7 @@ class ContentWriter:
         self._lease = lease
         self._in_flight = 0
         self._most_in_flight = MAX_IN_FLIGHT
-        self._waiting: list[bytes] = []
+        self._waiting: list[Buffer] = []
         self._waiting_size = 0
         self.ref = ref
         self.total = total
@@ -356,17 +361,16 @@ class ContentWriter:
         An error that containerd found in an earlier message is raised here or at ``commit``.
         """
         self.offset += len(data)
-        if self._waiting_size + len(data) < MESSAGE_SIZE:
-            self._waiting.append(data)
-            self._waiting_size += len(data)
-            return
-        whole = b"".join([*self._waiting, data]) if self._waiting else data
-        full = len(whole) - len(whole) % MESSAGE_SIZE
-        rest = whole[full:]
-        self._waiting, self._waiting_size = [rest] if rest else [], len(rest)
-        for start in range(0, full, MESSAGE_SIZE):
-            left = full - start + len(rest)
-            await self._send_data(self.offset - left, whole[start : start + MESSAGE_SIZE])
+        rest = memoryview(data)
+        while self._waiting_size + len(rest) >= MESSAGE_SIZE:
+            cut = MESSAGE_SIZE - self._waiting_size
+            parts = [*self._waiting, rest[:cut]]
+            rest = rest[cut:]
+            self._waiting, self._waiting_size = [], 0
+            await self._send_data(self.offset - len(rest) - MESSAGE_SIZE, parts)
+        if rest:
+            self._waiting.append(rest)
+            self._waiting_size += len(rest)
 
     async def reset(self) -> None:
         """Begin again at 0: a write there truncates what an earlier attempt left (trap 4)."""
@@ -375,7 +379,7 @@ class ContentWriter:
         await self._send(pb.WRITE, offset=0)
         self.offset = (await self._answer()).offset
 
-    async def _send_data(self, offset: int, data: bytes) -> None:
+    async def _send_data(self, offset: int, data: Sequence[Buffer]) -> None:
         if self._in_flight >= self._most_in_flight:
             await self._answer()
         await self._send(pb.WRITE, offset=offset, data=data)
@@ -396,9 +400,10 @@ class ContentWriter:
             self.expected, self.total = expected, self.offset
         try:
             # The last bytes go along with it, which saves a small blob a round trip (trap 11).
-            rest, self._waiting, self._waiting_size = b"".join(self._waiting), [], 0
+            rest, size = self._waiting, self._waiting_size
+            self._waiting, self._waiting_size = [], 0
             # The offset must be where they belong: 0 would truncate (trap 4).
-            await self._send(pb.COMMIT, offset=self.offset - len(rest), data=rest, labels=labels)
+            await self._send(pb.COMMIT, offset=self.offset - size, data=rest, labels=labels)
             await self._settle()
             await self._drain()
         except AlreadyExists:
@@ -419,7 +424,7 @@ class ContentWriter:
         *,
         ref: str = "",
         offset: int = 0,
-        data: bytes = b"",
+        data: Sequence[Buffer] = (),
         labels: Mapping[str, str] | None = None,
     ) -> None:
         message = pb.WriteContentRequest(
@@ -428,12 +433,11 @@ class ContentWriter:
             total=self.total,
             expected=str(self.expected or ""),
             offset=offset,
-            data=data,
             labels=labels or {},
         )
         self._in_flight += 1
         try:
-            await self._call.write(message)
+            await self._call.write(_with_data(message, data) if data else message)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             # The server has ended the call (InvalidStateError is grpcio's word for writing to
             # one): its status tells why.
@@ -471,6 +475,21 @@ class ContentWriter:
 
     def __repr__(self) -> str:
         return f"<ContentWriter {self.ref} at {self.offset} of {self.total}>"
+
+
+def _with_data(message: pb.WriteContentRequest, data: Sequence[Buffer]) -> bytes:
+    """Return the message serialized, with these bytes as its data.
+
+    Fields may stand in any order, so that the large one is put after the others as it is: each
+    byte is copied once, where protobuf copies it three times (a third of our processor's time).
+    """
+    left = sum(len(part) for part in data)
+    head = bytearray([_DATA_TAG])
+    while left > 0x7F:
+        head.append(left & 0x7F | 0x80)
+        left >>= 7
+    head.append(left)
+    return b"".join([message.SerializeToString(), head, *data])
 
 
 def _blob_info(info: pb.Info) -> BlobInfo:

@@ -95,7 +95,7 @@ class RegistryClient:
         memory: a folder where processes share what they know of hosts: when one may be asked
             again, and which failed.
         read_timeout: seconds without a byte after which an answer is given up; a quarter of it
-            where there is another host to ask.
+            at the first try, and where there is another host to ask, half of it at the second.
         limit_rate: bytes of blobs per second, for all downloads together.
         endpoints: where registries' content may be had besides their own hosts.
         """

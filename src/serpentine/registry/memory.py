@@ -82,6 +82,10 @@ class HostMemory:
             noted.dead_until, noted.why = self._clock() + DEAD_FOR, why[:500]
             self._write(host)
 
+    def file(self, host: str) -> Path | None:
+        """Return where it is kept what is known of a host; None if it is not kept."""
+        return self._path(host) if self._folder is not None else None
+
     def _left(self, until: float) -> float:
         left = until - self._clock()
         return left if 0 < left <= _LONGEST else 0.0

@@ -75,7 +75,7 @@ class Source:
             tries += 1
             opened = False
             try:
-                async with self._authorized(method, path, headers) as response:
+                async with self._authorized(method, path, headers, tries) as response:
                     if response.status in (200, 206) or is_empty_range(response, headers):
                         opened = True
                         yield response
@@ -101,7 +101,7 @@ class Source:
 
     @asynccontextmanager
     async def _authorized(
-        self, method: str, path: str, headers: Mapping[str, str]
+        self, method: str, path: str, headers: Mapping[str, str], tries: int
     ) -> AsyncIterator[Response]:
         """Send with what authorization we have, and with a fresh one when it is refused."""
         repository = self.reference.repository
@@ -110,7 +110,7 @@ class Source:
         renewed = False
         while True:
             sent = {**headers, "Authorization": header} if header else headers
-            async with self._redirected(method, path, sent) as response:
+            async with self._redirected(method, path, sent, tries) as response:
                 if response.status != 401 or response.host != self.host:
                     yield response
                     return
@@ -137,7 +137,7 @@ class Source:
 
     @asynccontextmanager
     async def _redirected(
-        self, method: str, path: str, headers: Mapping[str, str]
+        self, method: str, path: str, headers: Mapping[str, str], tries: int
     ) -> AsyncIterator[Response]:
         """Send to the registry, and go where it sends us."""
         url = f"{self.endpoint.root}/{self.reference.repository}/{path}"
@@ -152,7 +152,9 @@ class Source:
             sent,
             scheme=self.endpoint.scheme,
             tls=self._tls,
+            tries=tries,
             hurry=not self.may_wait,
+            on_wait=self._waiting,
         ) as response:
             self._count()
             if (limit := rate_limit(self.host, response.headers)) is not None:
@@ -161,20 +163,26 @@ class Source:
                 yield response
                 return
             target = self._target(response)
-        async with self.follow(
-            method, target, self._for_redirect(sent, response.url, target), response.host
-        ) as r:
+        headers = self._for_redirect(sent, response.url, target)
+        async with self.follow(method, target, headers, response.host, tries=tries) as r:
             yield r
 
     @asynccontextmanager
     async def follow(
-        self, method: str, url: str, headers: Mapping[str, str], source: str
+        self, method: str, url: str, headers: Mapping[str, str], source: str, *, tries: int = 1
     ) -> AsyncIterator[Response]:
         """Go where ``source`` sent us, and on from there."""
         for _ in range(MAX_REDIRECTS):
             tls = self._tls if host_of(url) == self.host else None
             async with self._transport.send(
-                method, url, headers, source=source, tls=tls, hurry=not self.may_wait
+                method,
+                url,
+                headers,
+                source=source,
+                tls=tls,
+                tries=tries,
+                hurry=not self.may_wait,
+                on_wait=self._waiting,
             ) as response:
                 self._count()
                 if response.status not in _REDIRECTS:
@@ -266,7 +274,9 @@ class Source:
                     data=data,
                     source=self.host,
                     tls=self._tls,
+                    tries=tries,
                     hurry=not self.may_wait,
+                    on_wait=self._waiting,
                 ) as response:
                     self._count()
                     status: int | None = response.status
@@ -290,6 +300,9 @@ class Source:
             reason = str(failure) if failure else f"status {status}"
             self._on_event(Retrying(what=what, reason=reason, delay=delay))
             await asyncio.sleep(delay)
+
+    def _waiting(self, host: str, seconds: float) -> None:
+        self._on_event(Retrying(what=host, reason="it asked us to wait", delay=seconds))
 
     def _rate_limited(self, host: str, after: float | None) -> RateLimited:
         return RateLimited(

@@ -12,8 +12,10 @@ import os
 import random
 import socket
 import ssl
+import struct
+import sys
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,8 +49,13 @@ __all__ = ["Interrupted", "PlainHTTPError", "Response", "Transport"]
 
 CONNECT_TIMEOUT = 15.0
 READ_TIMEOUT = 32.0
-# One socket read hands us up to this much: larger costs memory per connection, smaller time.
-READ_BUFFER = 256 * 1024
+# How much waits to be read before the connection is left alone.  All that is between a registry and
+# containerd's disk comes again if we are killed: that is to be less than 1 MiB.
+READ_BUFFER = 64 * 1024
+# What the kernel holds (twice) for us of a host that is near, where it would hold several MiB: as a
+# round trip takes less than a millisecond, more would make nothing faster.
+NEAR_BUFFER = 64 * 1024
+NEAR = 0.001
 # Statuses with which a host may name a time before which it wants no request.
 _SLOW_DOWN = frozenset({429, 503})
 # Seconds without a request to a host that asks to slow down, and does not say for how long.
@@ -90,6 +97,7 @@ class Response:
 
         Raises TransferError when it breaks off.
         """
+        _hold_little(self._raw)
         try:
             while chunk := await self._raw.content.readany():
                 yield chunk
@@ -122,6 +130,21 @@ class Response:
                     hint="try again",
                 )
         return b"".join(parts)
+
+
+def _hold_little(response: aiohttp.ClientResponse) -> None:
+    """Let the kernel hold little of what we have not read, where that costs no speed."""
+    if sys.platform != "linux" or response.connection is None:
+        return
+    transport = response.connection.transport
+    connection = transport.get_extra_info("socket") if transport else None
+    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    with contextlib.suppress(OSError):
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 152)
+        (round_trip,) = struct.unpack_from("=I", info, 148)  # the least, in µs
+        if round_trip < NEAR * 1e6:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER)
 
 
 class Transport:
@@ -205,11 +228,13 @@ class Transport:
         *,
         scheme: str | None = None,
         tls: ssl.SSLContext | None = None,
+        tries: int = 1,
         hurry: bool = False,
+        on_wait: Callable[[str, float], None] | None = None,
     ) -> AsyncIterator[Response]:
         """Send a request to a registry, by the scheme that it speaks; found out once.
 
-        scheme: if that is known.  tls, hurry: as for ``send``.
+        scheme: if that is known.  tls, tries, hurry, on_wait: as for ``send``.
         """
         known = scheme or self._schemes.get(host)
         schemes = (known,) if known else schemes_for(host, self._insecure)
@@ -217,7 +242,13 @@ class Transport:
             answered = False
             try:
                 async with self.send(
-                    method, f"{one}://{host}{path}", headers, tls=tls, hurry=hurry
+                    method,
+                    f"{one}://{host}{path}",
+                    headers,
+                    tls=tls,
+                    tries=tries,
+                    hurry=hurry,
+                    on_wait=on_wait,
                 ) as response:
                     if scheme is None:
                         # What was configured for a mirror says nothing of the same host asked by
@@ -242,13 +273,18 @@ class Transport:
         data: Mapping[str, str] | None = None,
         source: str = "",
         tls: ssl.SSLContext | None = None,
+        tries: int = 1,
         hurry: bool = False,
+        on_wait: Callable[[str, float], None] | None = None,
     ) -> AsyncIterator[Response]:
         """Send one request.
 
         source: the host that sent us to this URL, if one did.
         tls: how the host proves itself, if not as all others.
+        tries: how often it was sent, this time included.  A connection that has died silently is
+            given up soon; a host that is slow to answer gets more time by and by.
         hurry: there is another host to ask: give up soon, and do not wait for this one.
+        on_wait: is told of a host, and for how many seconds it is waited for, if that is long.
 
         Waits first for a host that asked for patience, whichever of our requests it told so.
 
@@ -256,10 +292,10 @@ class Transport:
         RateLimited where the wait would be too long, and InvalidSetting for a proxy that is none.
         """
         host = host_of(url)
-        await self._patience(host, 0.0 if hurry else MAX_RETRY_AFTER)
+        await self._patience(host, 0.0 if hurry else MAX_RETRY_AFTER, on_wait)
         proxy = None if is_loopback(host) else proxy_for(url)
         context = tls or (self._unverified if self.is_insecure(host) else self._verified)
-        part = 4 if hurry else 1
+        part = 4 if hurry else max(1, 4 >> (tries - 1))
         timeout = aiohttp.ClientTimeout(
             total=None,
             sock_connect=CONNECT_TIMEOUT / part,
@@ -303,18 +339,26 @@ class Transport:
             # any other is not worth waiting for.
             raw.close()
 
-    async def _patience(self, host: str, longest: float) -> None:
+    async def _patience(
+        self, host: str, longest: float, on_wait: Callable[[str, float], None] | None
+    ) -> None:
         while left := await asyncio.to_thread(self.memory.closed_for, host):
             if left > longest:
+                hint = f"try again in {left:.0f} seconds"
+                if (noted := self.memory.file(host)) is not None:
+                    hint += f"; if you know that it is over, remove {noted}"
                 raise RateLimited(
                     f"{host} asks us to wait for {left:.0f} seconds",
                     host=host,
                     retry_after=left,
                     # Logging in would not help: all of us wait, whoever we are there.
-                    hint=f"try again in {left:.0f} seconds",
+                    hint=hint,
                 )
             # Never before the time, and not all at the same moment after it.
-            await asyncio.sleep(left + random.uniform(0.01, 0.2))  # noqa: S311 - no secret
+            delay = left + random.uniform(0.01, 0.2)  # noqa: S311 - no secret
+            if on_wait is not None and left > PATIENCE:
+                on_wait(host, delay)
+            await asyncio.sleep(delay)
 
 
 class _Resolver(AbstractResolver):

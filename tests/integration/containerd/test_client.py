@@ -281,7 +281,7 @@ class TestContent:
         async with client.content.writer("r", **more) as writer:
             await writer.write(DATA[:MESSAGE_SIZE])
             with pytest.raises(OutOfRange):
-                await writer._send_data(MESSAGE_SIZE + 1, b"x")
+                await writer._send_data(MESSAGE_SIZE + 1, [b"x"])
                 await writer._settle()
         async with client.content._when_free("r", DIGEST, len(DATA), lease, wait=5) as writer:
             assert writer.offset == MESSAGE_SIZE

@@ -47,7 +47,7 @@ async def test_killed_at_random_moments(serpentine, ours, seed):
             pid = await asyncio.to_thread(pid_of, serpentine)
             if not await made.moment(registry, chance, ended.done):
                 break
-            allowed.append(await made.allowance(registry, endpoint, "serpentine"))
+            allowed.append(await made.allowance(endpoint, "serpentine"))
             os.kill(pid, 9)
             killed.append(pid)
             await comes_back()

@@ -13,7 +13,7 @@ import pytest
 from serpentine.containerd import Containerd, Endpoint
 from serpentine.containerd._proto import content_pb2, version_pb2
 from serpentine.containerd.channel import Channel
-from serpentine.containerd.content import MAX_IN_FLIGHT, MESSAGE_SIZE
+from serpentine.containerd.content import MAX_IN_FLIGHT, MESSAGE_SIZE, _with_data
 from serpentine.errors import (
     DaemonPermission,
     DaemonUnreachable,
@@ -381,6 +381,18 @@ class TestWriteWindow:
                 n * MESSAGE_SIZE for n in range(MAX_IN_FLIGHT)
             ]
             assert received.empty()
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 16383, 16384, MESSAGE_SIZE])
+def test_data_is_put_after_the_other_fields(size):
+    message = content_pb2.WriteContentRequest(
+        action=content_pb2.WRITE, total=9, expected="sha256:0", offset=7, labels={"a": "b"}
+    )
+    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    half = size // 2
+    joined = _with_data(message, [data[:half], memoryview(data)[half:]])
+    message.data = data
+    assert content_pb2.WriteContentRequest.FromString(joined) == message
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
@@ -9,6 +10,8 @@ import ssl
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import trustme
@@ -508,6 +511,38 @@ class TestRetries:
         fake.on("GET", Answer(length=100_000, break_after=0))
         with pytest.raises(TransferError, match=fake.address):
             await repository.fetch_document(blob(MADE.data), "manifests")
+
+    async def test_a_host_that_was_silent_gets_more_time(self, waits):
+        """A connection that died is given up soon; who is slow to answer is heard in the end."""
+        silent = Fault("silent", Where("head"), times=3)
+        with FaultyRegistry(faults=[silent]) as registry:
+            reference = Reference.parse(registry.add(MADE, "a/b", "1"))
+            async with RegistryClient(credentials=Store(), read_timeout=0.8) as client:
+                await client.repository(reference).resolve()
+            asked = [one.arrival for one in registry.requests if one.what == "head"]
+        between = [later - before for before, later in pairwise(asked)]
+        for measured, least in zip(between, (0.2, 0.4, 0.8), strict=True):
+            assert least <= measured < least + 0.2
+
+    async def test_waiting_for_a_host_that_asked_for_it_is_told(self, client, fake):
+        await asyncio.to_thread(client.transport.memory.close, fake.address, 1.2)
+        events = []
+        began = time.monotonic()
+        await repo(client, fake, on_event=events.append).resolve()
+        assert time.monotonic() - began >= 1.2
+        [told] = events
+        assert (told.what, told.reason) == (fake.address, "it asked us to wait")
+        assert 1 < told.delay < 1.4
+
+    async def test_one_whose_wait_is_over_can_be_asked(self, fake, tmp_path):
+        """The hint names what keeps us from it."""
+        async with RegistryClient(credentials=Store(), memory=tmp_path / "m") as client:
+            await asyncio.to_thread(client.transport.memory.close, fake.address, 7200)
+            with pytest.raises(RateLimited, match="wait for 7200 seconds") as caught:
+                await repo(client, fake).resolve()
+            Path(caught.value.hint.rpartition(" ")[2]).unlink()
+        async with RegistryClient(credentials=Store(), memory=tmp_path / "m") as client:
+            await repo(client, fake).resolve()
 
     async def test_a_document_that_comes_too_slowly(self, monkeypatch):
         """One byte a second comes in time, each; all of them never."""
