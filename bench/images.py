@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import random
+import shutil
 import subprocess
+import tarfile
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 CACHE = Path(__file__).parent.parent / ".cache" / "bench"
 CHUNK = 1024 * 1024
@@ -21,6 +27,8 @@ LARGE = {
     "languages": ["openjdk-17-jdk-headless", "openjdk-17-jre-headless", "golang-1.19-go"],
     "kernel": ["linux-source-6.1", "llvm-14-dev"],
 }
+SUFFIXES = {"gzip": "gz", "zstd": "zst"}
+PACK = {"gzip": ["gzip", "-n", "-6"], "zstd": ["zstd", "-q", "-3", "-c"]}
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,34 @@ class Blob:
     diff_id: str
     size: int
     unpacked: int
+    compression: str = "gzip"
 
 
-def large_layers() -> list[Blob]:
+def one_layer() -> list[Blob]:
+    """Return one large layer: the largest of the six."""
+    return [max(six_layers(), key=lambda one: one.size)]
+
+
+def six_layers() -> list[Blob]:
     """Return the six layers, making them if they are not there yet (a few minutes)."""
     return [_layer(name, packages) for name, packages in LARGE.items()]
+
+
+def zstd_layers() -> list[Blob]:
+    """Return the six layers again, compressed otherwise."""
+    return [_again(one) for one in six_layers()]
+
+
+def forty_layers() -> list[Blob]:
+    """Return forty layers of about 2 MB, each of twenty files."""
+    return [
+        _made(f"forty-{number}", lambda n=number: _files(n, 20, 150_000)) for number in range(40)
+    ]
+
+
+def many_files() -> list[Blob]:
+    """Return one layer of 100,000 files of up to 2 KB in a thousand directories."""
+    return [_made("files", lambda: _files("files", 100_000, 1_000))]
 
 
 def small_layers() -> list[Blob]:
@@ -44,54 +75,114 @@ def small_layers() -> list[Blob]:
     return [_layer("small", ["busybox-static"])]
 
 
+IMAGES = {
+    "small": small_layers,
+    "one": one_layer,
+    "six": six_layers,
+    "forty": forty_layers,
+    "files": many_files,
+    "zstd": zstd_layers,
+}
+
+
+def _files(seed: object, count: int, size: int) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of files, half of whose bytes say nothing new."""
+    chance = random.Random(str(seed))
+    for number in range(count):
+        half = chance.randbytes(chance.randrange(size // 2, size) // 2)
+        yield f"srv/{seed}/{number % 1000:03}/{number}", half + bytes(len(half))
+
+
+def _made(name: str, files: Callable[[], Iterator[tuple[str, bytes]]]) -> Blob:
+    def write(tar: IO[bytes]) -> None:
+        with tarfile.open(fileobj=tar, mode="w|") as archive:
+            for path, data in files():
+                entry = tarfile.TarInfo(path)
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+    return _blob(name, "gzip", write)
+
+
+def _again(layer: Blob) -> Blob:
+    def write(tar: IO[bytes]) -> None:
+        gzip = subprocess.Popen(["gzip", "-dc", layer.path], stdout=subprocess.PIPE)
+        assert gzip.stdout
+        shutil.copyfileobj(gzip.stdout, tar, CHUNK)
+        if gzip.wait():
+            raise SystemExit(f"cannot read {layer.path.name}")
+
+    return _blob(f"{layer.path.name.partition('.')[0]}-zstd", "zstd", write)
+
+
 def _layer(name: str, packages: list[str]) -> Blob:
+    def write(tar: IO[bytes]) -> None:
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            folder = Path(temporary)
+            root = folder / "root"
+            root.mkdir()
+            subprocess.run(
+                ["apt-get", "download", "-q", *packages],
+                cwd=folder,
+                check=True,
+                capture_output=True,
+            )
+            for package in folder.glob("*.deb"):
+                subprocess.run(["dpkg-deb", "--extract", package, root], check=True)
+            command = ["tar", "--sort=name", "--mtime=@0", "--numeric-owner", "-C", root, "-c", "."]
+            made = subprocess.Popen(command, stdout=subprocess.PIPE)
+            assert made.stdout
+            shutil.copyfileobj(made.stdout, tar, CHUNK)
+            if made.wait():
+                raise SystemExit(f"could not make {name}")
+
+    return _blob(name, "gzip", write)
+
+
+class _Hashed(io.RawIOBase):
+    """Counts and hashes what is written through it."""
+
+    def __init__(self, target: IO[bytes]) -> None:
+        self._target = target
+        self.seen = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:
+        self.seen.update(data)
+        self.size += len(data)
+        self._target.write(data)
+        return len(data)
+
+
+def _blob(name: str, compression: str, write: Callable[[IO[bytes]], None]) -> Blob:
+    """Return a layer that ``write`` writes the archive of, if it is not there yet."""
     folder = CACHE / "layers"
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.tar.{SUFFIXES[compression]}"
     note = folder / f"{name}.json"
-    path = folder / f"{name}.tar.gz"
     if not note.exists():
-        print(f"making layer {name} of {', '.join(packages)}", flush=True)
-        _make(packages, path, note)
-    values = json.loads(note.read_text())
-    return Blob(path=path, **values)
-
-
-def _make(packages: list[str], path: Path, note: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-        folder = Path(temporary)
-        root = folder / "root"
-        root.mkdir()
-        subprocess.run(
-            ["apt-get", "download", "-q", *packages], cwd=folder, check=True, capture_output=True
-        )
-        for package in folder.glob("*.deb"):
-            subprocess.run(["dpkg-deb", "--extract", package, root], check=True)
-        tar = subprocess.Popen(
-            ["tar", "--sort=name", "--mtime=@0", "--numeric-owner", "-C", root, "-c", "."],
-            stdout=subprocess.PIPE,
-        )
-        partial = folder / "layer.gz"
-        diff_id = hashlib.sha256()
-        unpacked = 0
-        assert tar.stdout
+        print(f"making {path.name}", flush=True)
+        partial = path.with_suffix(".new")
         with partial.open("wb") as out:
-            gzip = subprocess.Popen(["gzip", "-n", "-6"], stdin=subprocess.PIPE, stdout=out)
-            assert gzip.stdin
-            while chunk := tar.stdout.read(CHUNK):
-                diff_id.update(chunk)
-                unpacked += len(chunk)
-                gzip.stdin.write(chunk)
-            gzip.stdin.close()
-            if tar.wait() or gzip.wait():
+            packing = subprocess.Popen(PACK[compression], stdin=subprocess.PIPE, stdout=out)
+            assert packing.stdin
+            hashed = _Hashed(packing.stdin)
+            write(hashed)
+            packing.stdin.close()
+            if packing.wait():
                 raise SystemExit(f"could not make {path.name}")
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = partial.stat().st_size
+        values = {
+            "digest": f"sha256:{digest}",
+            "diff_id": f"sha256:{hashed.seen.hexdigest()}",
+            "size": partial.stat().st_size,
+            "unpacked": hashed.size,
+            "compression": compression,
+        }
         partial.replace(path)
-    values = {
-        "digest": f"sha256:{digest}",
-        "diff_id": f"sha256:{diff_id.hexdigest()}",
-        "size": size,
-        "unpacked": unpacked,
-    }
-    note.write_text(json.dumps(values))
+        note.write_text(json.dumps(values))
+    return Blob(path=path, **json.loads(note.read_text()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from serpentine._concurrency import KeyedLock, task_group
 from serpentine.containerd import Containerd, Snapshots
-from serpentine.errors import LayerError, NotFound, UnsupportedImage
+from serpentine.errors import LayerError, UnsupportedImage
 from serpentine.events import (
     OnEvent,
     PullFinished,
@@ -29,7 +29,7 @@ from serpentine.pull.plan import Plan, make_plan, worth_a_look
 from serpentine.pull.record import is_recorded, record_image
 from serpentine.pull.resolve import ResolvedImage, resolve
 from serpentine.pull.space import Need, need_of
-from serpentine.pull.unpack import Several, is_plain, lease_snapshot, unpack_layer
+from serpentine.pull.unpack import Several, is_plain, lease_snapshot
 
 if TYPE_CHECKING:
     from serpentine.registry import Repository
@@ -178,17 +178,10 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions
         for blob in plan.fetch:
             group.create_task(fetch(blob), name=f"fetch {blob.digest}")
         first = len(plan.layers) - len(plan.unpack)
-        if at_once > 1:
-            several = Several(job, first, at_once)
-            for place, layer in enumerate(plan.unpack, first):
-                here = arrived[layer.descriptor.digest]
-                group.create_task(several.unpack(layer, place, here), name=f"unpack {place}")
-        else:
-            # One layer needs the one below it: they are applied in order, each while the ones
-            # above are still arriving.
-            for place, layer in enumerate(plan.unpack, first):
-                await arrived[layer.descriptor.digest].wait()
-                plain = await unpack_layer(job, layer, place, plain=plain)
+        several = Several(job, first, plain=plain, at_once=at_once)
+        for place, layer in enumerate(plan.unpack, first):
+            here = arrived[layer.descriptor.digest]
+            group.create_task(several.unpack(layer, place, here), name=f"unpack {place}")
     job.statistics.layers_reused = sum(
         layer.descriptor.digest not in downloaded for layer in plan.layers
     )
@@ -213,12 +206,9 @@ async def _present(job: Job, layers: tuple[Layer, ...]) -> tuple[set[ChainID], b
     Also tells whether its root directory is known to be as containerd makes it.
     """
     for layer in reversed(layers):
-        # Holding is a transaction with a sync to disk, looking is not: so look first, and
-        # look again once it is held.
-        if await _is_there(job, layer.chain_id):
-            found = await lease_snapshot(job, layer.chain_id)
-            if found is not None:
-                return {layer.chain_id}, is_plain(found)
+        found = await lease_snapshot(job, layer.chain_id)
+        if found is not None:
+            return {layer.chain_id}, is_plain(found)
     return set(), True
 
 
@@ -228,11 +218,3 @@ async def _at_once(options: PullOptions, plan: Plan) -> int:
     if most < 2 or options.can_rebase is None or not await options.can_rebase():
         return 1
     return most
-
-
-async def _is_there(job: Job, chain_id: ChainID) -> bool:
-    try:
-        await job.snapshots.stat(str(chain_id))
-    except NotFound:
-        return False
-    return True

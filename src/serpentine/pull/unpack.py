@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -39,8 +40,9 @@ UNPACK_LOCK_WAIT = 1800.0
 CLEANUP_TIMEOUT = 30.0
 
 # How far above the highest layer that is done another one may be begun: each holds a lock, which
-# is a stream of its own.
+# is a stream of its own.  Of a chain only the next one is, so that it is ready for its turn.
 LOOK_AHEAD = 32
+NEXT = 2
 
 # On snapshots whose root directory is containerd's own, with its mode and owner: those that were
 # made of nothing but layers, as containerd passes over what a layer says of its root.  What was
@@ -71,10 +73,14 @@ async def unpack_layer(
         found = await lease_snapshot(job, layer.chain_id)
         if found is not None:
             plain = is_plain(found)
+            if several is not None:
+                several.done(place, plain=plain)
         elif several is not None:
             plain = await several.make(layer, place)
         else:
-            plain = await _unpack(job, layer, place, plain=plain)
+            plain, made = await _unpack(job, layer, place, plain=plain)
+            if made:
+                await _label_blob(job, layer)
     job.report((place,), layer.descriptor, LayerStatus.DONE, layer.descriptor.size)
     return plain
 
@@ -82,11 +88,13 @@ async def unpack_layer(
 async def lease_snapshot(job: Job, chain_id: ChainID) -> SnapshotInfo | None:
     """Hold a committed snapshot by the pull's lease; None if it is not there.
 
-    First hold, then look: what was seen the other way round could be collected in between.
+    Holding is a transaction with a sync to disk, looking is not: so look first, and look again
+    once it is held, for it could have been collected in between.
     """
-    resource = Resource(id=str(chain_id), type=f"snapshots/{job.snapshots.name}")
-    await job.containerd.leases.add_resource(job.lease, resource)
     try:
+        await job.snapshots.stat(str(chain_id))
+        resource = Resource(id=str(chain_id), type=f"snapshots/{job.snapshots.name}")
+        await job.containerd.leases.add_resource(job.lease, resource)
         return await job.snapshots.stat(str(chain_id))
     except NotFound:
         return None
@@ -98,40 +106,51 @@ def is_plain(snapshot: SnapshotInfo) -> bool:
 
 
 class Several:
-    """The layers of one pull, of which several are applied at once.
+    """The layers of one pull that are to be unpacked.
 
-    first: the place of the lowest one, on which a parent may be that is there.
+    first: the place of the lowest one, on which a parent may be that is there; plain: whether that
+    one's root directory is known.  at_once: how many may be applied at once; with 1, each waits
+    for the one below it, and only what goes before and after that is done beside it.
     """
 
-    def __init__(self, job: Job, first: int, at_once: int) -> None:
+    def __init__(self, job: Job, first: int, *, plain: bool, at_once: int) -> None:
         self._job = job
         self._first = first
         self._free = at_once
+        self._look_ahead = LOOK_AHEAD if at_once > 1 else NEXT
         self._waiting: dict[int, tuple[Ready, asyncio.Event]] = {}
         # Whether the root directories are known: of those that are committed, and of the parent.
-        self._plain: dict[int, bool] = {first - 1: True}
-        self._moved = asyncio.Condition()
+        self._plain: dict[int, bool] = {}
+        self._is_done: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
+        self.done(first - 1, plain=plain)
 
     async def unpack(self, layer: Layer, place: int, arrived: asyncio.Event) -> None:
         """Unpack a layer when its blob is there, and commit it when its parent is."""
         await arrived.wait()
-        await self._committed(max(place - LOOK_AHEAD, self._first - 1))
-        plain = await unpack_layer(self._job, layer, place, several=self)
+        await self._is_done[max(place - self._look_ahead, self._first - 1)].wait()
+        await unpack_layer(self._job, layer, place, several=self)
+
+    def done(self, place: int, *, plain: bool) -> None:
+        """Let the next ones go on: this one is committed."""
         self._plain[place] = plain
+        self._is_done[place].set()
         self._look()
-        async with self._moved:
-            self._moved.notify_all()
 
     async def make(self, layer: Layer, place: int) -> bool:
         """Make a layer's snapshot, which we hold the lock of; return whether its root is plain."""
+        outcome = None
         if layer.descriptor.digest in self._job.standalone:
-            plain = await self._alone(layer, place)
-            if plain is not None:
-                return plain
-        async with self._turn(Ready(place, alone=False)):
-            return await _unpack(self._job, layer, place, plain=self._plain[place - 1])
+            outcome = await self._alone(layer, place)
+        if outcome is None:
+            async with self._turn(Ready(place, alone=False)):
+                outcome = await _unpack(self._job, layer, place, plain=self._plain[place - 1])
+        plain, made = outcome
+        self.done(place, plain=plain)
+        if made:
+            await _label_blob(self._job, layer)
+        return plain
 
-    async def _alone(self, layer: Layer, place: int) -> bool | None:
+    async def _alone(self, layer: Layer, place: int) -> tuple[bool, bool] | None:
         """Apply a layer to nothing, commit it onto its parent; None if it needs the parent first.
 
         A layer that does not unpack like this is applied to its parent, whose error counts.
@@ -150,14 +169,14 @@ class Several:
                         patience=CLEANUP_TIMEOUT,
                     )
                 except AlreadyExists:
-                    return await _made_by_others(job, layer)
+                    return await _made_by_others(job, layer), False
                 upper = _as_upper(mounts)
                 diff_id = None if upper is None else await _try_apply(job, layer, upper)
             if diff_id is None:
                 await _discard(job, key)
                 return None
             _compare(job, layer, diff_id)
-            await self._committed(place - 1)
+            await self._is_done[place - 1].wait()
             if not self._plain[place - 1]:
                 # Somebody else has made it meanwhile, and it may have another root directory.
                 await _discard(job, key)
@@ -165,17 +184,12 @@ class Several:
             await unbroken(_commit_onto(job, layer, key, parent, labels), patience=CLEANUP_TIMEOUT)
         except AlreadyExists:
             await _discard(job, key)  # trap 20: the active snapshot stays when the name is taken
-            return await _made_by_others(job, layer)
+            return await _made_by_others(job, layer), False
         except BaseException:
             # The request may have been carried out although we never saw the answer.
             await _give_up(job, key)
             raise
-        await _label_blob(job, layer)
-        return True
-
-    async def _committed(self, place: int) -> None:
-        async with self._moved:
-            await self._moved.wait_for(lambda: place in self._plain)
+        return True, True
 
     @asynccontextmanager
     async def _turn(self, ready: Ready) -> AsyncIterator[None]:
@@ -246,12 +260,19 @@ async def _commit_onto(
 
 
 async def _made_by_others(job: Job, layer: Layer) -> bool:
-    """Return whether the root of what is there is plain; raises NotFound if it is not."""
-    return is_plain(await job.snapshots.stat(str(layer.chain_id)))
+    """Hold what is there, and return whether its root is plain; raises NotFound if it is not."""
+    found = await lease_snapshot(job, layer.chain_id)
+    if found is None:
+        raise NotFound(
+            f"{job.image}: the snapshot of layer {layer.descriptor.digest} was removed while it"
+            " was looked for",
+            hint="pull again",
+        )
+    return is_plain(found)
 
 
-async def _unpack(job: Job, layer: Layer, place: int, *, plain: bool) -> bool:
-    """Apply a layer to its parent; return whether its root directory is plain."""
+async def _unpack(job: Job, layer: Layer, place: int, *, plain: bool) -> tuple[bool, bool]:
+    """Apply a layer to its parent; return whether its root is plain, and whether we made it."""
     job.report((place,), layer.descriptor, LayerStatus.APPLYING, layer.descriptor.size)
     key, labels = _names(layer, plain=plain)
     parent = str(layer.parent) if layer.parent else ""
@@ -264,7 +285,7 @@ async def _unpack(job: Job, layer: Layer, place: int, *, plain: bool) -> bool:
     except AlreadyExists:
         # Either the target is there (a client that ignores our lock, a lazy snapshotter), or
         # our key, which is random: only the first is possible, and stat proves it (trap 19).
-        return await _made_by_others(job, layer)
+        return await _made_by_others(job, layer), False
     except BaseException:
         # The request may have been carried out although we never saw the answer.
         await _give_up(job, key)
@@ -274,12 +295,11 @@ async def _unpack(job: Job, layer: Layer, place: int, *, plain: bool) -> bool:
         await job.snapshots.commit(str(layer.chain_id), key, labels=labels, lease=job.lease)
     except AlreadyExists:
         await _discard(job, key)  # trap 20: the active snapshot stays when the name is taken
-        plain = await _made_by_others(job, layer)
+        return await _made_by_others(job, layer), False
     except BaseException:
         await _give_up(job, key)
         raise
-    await _label_blob(job, layer)
-    return plain
+    return plain, True
 
 
 def _compare(job: Job, layer: Layer, diff_id: Digest) -> None:
