@@ -7,9 +7,10 @@ disagree.  An event is an immutable value; ``name`` is its kind in JSON lines.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
+
+import msgspec
 
 __all__ = [
     "CopyFinished",
@@ -57,35 +58,31 @@ class LayerStatus(StrEnum):
     EXISTS = "exists"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """The root of all events."""
 
     name: ClassVar[str] = "event"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with the kind under ``event``."""
-        return {"event": self.name, **asdict(self)}
+        return {"event": self.name, **msgspec.to_builtins(self, builtin_types=(bytes,))}
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonStarting(Event):
+class DaemonStarting(Event, frozen=True):
     """A containerd of ours is being started; ``kind`` says which sort."""
 
     name: ClassVar[str] = "daemon_starting"
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonNotice(Event):
+class DaemonNotice(Event, frozen=True):
     """Something about the daemon that its user should know: it had crashed, it is replaced."""
 
     name: ClassVar[str] = "daemon_notice"
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonBuilding(Event):
+class DaemonBuilding(Event, frozen=True):
     """The image of the daemon is built or pulled; ``line`` is what the engine printed."""
 
     name: ClassVar[str] = "daemon_building"
@@ -93,8 +90,7 @@ class DaemonBuilding(Event):
     line: str
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonStarted(Event):
+class DaemonStarted(Event, frozen=True):
     """The containerd answers; ``seconds`` is how long that took."""
 
     name: ClassVar[str] = "daemon_started"
@@ -104,16 +100,14 @@ class DaemonStarted(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseWaiting(Event):
+class ReleaseWaiting(Event, frozen=True):
     """Another process is installing releases; ``lock`` is the file that it holds."""
 
     name: ClassVar[str] = "release_waiting"
     lock: str
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseProgress(Event):
+class ReleaseProgress(Event, frozen=True):
     """``offset`` of ``size`` bytes of a release are here; None if the server did not say."""
 
     name: ClassVar[str] = "release_progress"
@@ -124,8 +118,7 @@ class ReleaseProgress(Event):
     size: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseInstalled(Event):
+class ReleaseInstalled(Event, frozen=True):
     """The programs are there, downloaded now or before (then ``bytes_downloaded`` is 0)."""
 
     name: ClassVar[str] = "release_installed"
@@ -134,16 +127,14 @@ class ReleaseInstalled(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class PullStarted(Event):
+class PullStarted(Event, frozen=True):
     """A pull begins: the registry is asked what the reference means."""
 
     name: ClassVar[str] = "pull_started"
     image: str
 
 
-@dataclass(frozen=True, slots=True)
-class PullResolved(Event):
+class PullResolved(Event, frozen=True):
     """The reference means this manifest, for this platform."""
 
     name: ClassVar[str] = "pull_resolved"
@@ -153,8 +144,7 @@ class PullResolved(Event):
     index_digest: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPlan:
+class LayerPlan(msgspec.Struct, frozen=True):
     """One layer of a plan; ``size`` is its compressed size in bytes."""
 
     digest: str
@@ -162,17 +152,15 @@ class LayerPlan:
     status: LayerStatus
 
 
-@dataclass(frozen=True, slots=True)
-class PullPlanned(Event):
+class PullPlanned(Event, frozen=True):
     """What the pull will do, bottom layer first."""
 
     name: ClassVar[str] = "pull_planned"
     image: str
-    layers: tuple[LayerPlan, ...] = field(default=())
+    layers: tuple[LayerPlan, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LayerProgress(Event):
+class LayerProgress(Event, frozen=True):
     """A layer moved on; ``offset`` of ``size`` bytes are in containerd.
 
     ``index`` is the layer's place in the manifest: the same blob may stand there twice.
@@ -187,8 +175,7 @@ class LayerProgress(Event):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Retrying(Event):
+class Retrying(Event, frozen=True):
     """Something failed and is tried again after ``delay`` seconds."""
 
     name: ClassVar[str] = "retrying"
@@ -197,8 +184,7 @@ class Retrying(Event):
     delay: float
 
 
-@dataclass(frozen=True, slots=True)
-class PullNotice(Event):
+class PullNotice(Event, frozen=True):
     """Something that a user should know and that is no failure: the disk may become full."""
 
     name: ClassVar[str] = "pull_notice"
@@ -206,8 +192,7 @@ class PullNotice(Event):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Received(Event):
+class Received(Event, frozen=True):
     """One request has brought bytes of a layer: ``size`` of them from ``offset`` on, from ``host``.
 
     seconds: until its end, whatever ended it; waiting for containerd is part of it.
@@ -222,8 +207,7 @@ class Received(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class RateLimit(Event):
+class RateLimit(Event, frozen=True):
     """A registry told how many requests it lets us make.
 
     remaining: are left; limit: in ``window`` seconds.  None for what it did not say.
@@ -236,8 +220,7 @@ class RateLimit(Event):
     window: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class PullFailed(Event):
+class PullFailed(Event, frozen=True):
     """A pull has ended without the image: by an error, or (``cancelled``) because it was to end.
 
     error: the name of the exception's class; reason: its text.
@@ -252,8 +235,7 @@ class PullFailed(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class PullFinished(Event):
+class PullFinished(Event, frozen=True):
     """The image is there, unpacked; ``seconds`` counts from the start of the pull."""
 
     name: ClassVar[str] = "pull_finished"
@@ -266,8 +248,7 @@ class PullFinished(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class StepStarted(Event):
+class StepStarted(Event, frozen=True):
     """The first process of a step runs."""
 
     name: ClassVar[str] = "step_started"
@@ -275,8 +256,7 @@ class StepStarted(Event):
     args: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput(Event):
+class StepOutput(Event, frozen=True):
     """A step printed something; ``stream`` is 1 for stdout, 2 for stderr."""
 
     name: ClassVar[str] = "step_output"
@@ -294,8 +274,7 @@ class StepOutput(Event):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class StepFinished(Event):
+class StepFinished(Event, frozen=True):
     """A step has ended, and what it needed is gone."""
 
     name: ClassVar[str] = "step_finished"
@@ -304,16 +283,14 @@ class StepFinished(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class CopyNotice(Event):
+class CopyNotice(Event, frozen=True):
     """Something was left out of a copy, or is not in it as it was: a socket, an attribute."""
 
     name: ClassVar[str] = "copy_notice"
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CopyFinished(Event):
+class CopyFinished(Event, frozen=True):
     """A copy has ended; with ``complete`` false, it failed or was cancelled.
 
     size: the bytes of the archive that went over, until then; of the files, where none was needed.
@@ -327,8 +304,7 @@ class CopyFinished(Event):
     complete: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceOutput(Event):
+class ServiceOutput(Event, frozen=True):
     """A service printed something; ``stream`` is 1 for stdout, 2 for stderr."""
 
     name: ClassVar[str] = "service_output"
@@ -346,8 +322,7 @@ class ServiceOutput(Event):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceReady(Event):
+class ServiceReady(Event, frozen=True):
     """A service is ready, after ``seconds``."""
 
     name: ClassVar[str] = "service_ready"
@@ -355,8 +330,7 @@ class ServiceReady(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyProgress(Event):
+class VerifyProgress(Event, frozen=True):
     """Something is checked or repaired; it is done when ``offset`` is ``size``, in bytes.
 
     what: ``blob``, ``tree`` or ``repair``; ``digest`` is the blob's, or the chain ID of a tree.
@@ -370,8 +344,7 @@ class VerifyProgress(Event):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class VerifyFound(Event):
+class VerifyFound(Event, frozen=True):
     """Something is not as it should be, or (``repaired``) no longer."""
 
     name: ClassVar[str] = "verify_found"

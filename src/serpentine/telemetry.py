@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from serpentine.errors import InvalidSetting
 from serpentine.events import (
@@ -138,7 +139,7 @@ class Logs:
 
 
 def _line(event: Event) -> str:
-    values: dict[str, Any] = {field.name: getattr(event, field.name) for field in fields(event)}
+    values = msgspec.structs.asdict(event)
     if isinstance(event, PullPlanned):
         there = sum(layer.status is LayerStatus.EXISTS for layer in event.layers)
         values["layers"] = f"{there}/{len(event.layers)}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+
+import msgspec
 
 from serpentine.model.digest import Digest
 from serpentine.model.documents import Descriptor
@@ -31,16 +32,14 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class VersionInfo:
+class VersionInfo(msgspec.Struct, frozen=True):
     """A daemon's version and source revision."""
 
     version: str
     revision: str
 
 
-@dataclass(frozen=True, slots=True)
-class BlobInfo:
+class BlobInfo(msgspec.Struct, frozen=True):
     """A blob in the content store; ``size`` in bytes."""
 
     digest: Digest
@@ -50,8 +49,7 @@ class BlobInfo:
     updated_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class IngestStatus:
+class IngestStatus(msgspec.Struct, frozen=True):
     """A blob that is being written, or was left half-written: ``offset`` bytes are there."""
 
     ref: str
@@ -70,8 +68,7 @@ class SnapshotKind(Enum):
     COMMITTED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
+class SnapshotInfo(msgspec.Struct, frozen=True):
     """A snapshot; ``parent`` is empty for the lowest."""
 
     name: str
@@ -82,16 +79,14 @@ class SnapshotInfo:
     updated_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotUsage:
+class SnapshotUsage(msgspec.Struct, frozen=True):
     """What a snapshot itself takes, without its parents: bytes and inodes."""
 
     size: int
     inodes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(msgspec.Struct, frozen=True):
     """A mount that makes up a snapshot; the paths are those of containerd's machine."""
 
     type: str
@@ -100,8 +95,7 @@ class Mount:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True):
     """What keeps the collector away from the objects that were written under it."""
 
     id: str
@@ -109,27 +103,24 @@ class Lease:
     labels: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Resource:
+class Resource(msgspec.Struct, frozen=True):
     """An object that a lease holds: ``type`` is ``content``, ``ingests``, ``snapshots/NAME``."""
 
     id: str
     type: str
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
+class ImageRecord(msgspec.Struct, frozen=True):
     """A name in containerd, and the document that it stands for."""
 
     name: str
     target: Descriptor
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = msgspec.field(default_factory=dict)
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PluginInfo:
+class PluginInfo(msgspec.Struct, frozen=True):
     """A part of a daemon; ``init_error`` is None when it works."""
 
     type: str
@@ -140,8 +131,7 @@ class PluginInfo:
     init_error: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ContainerRecord:
+class ContainerRecord(msgspec.Struct, frozen=True):
     """What may run: an OCI runtime configuration (``spec``, as JSON) and its snapshot."""
 
     id: str
@@ -166,8 +156,7 @@ class TaskStatus(Enum):
     PAUSING = 5
 
 
-@dataclass(frozen=True, slots=True)
-class TaskInfo:
+class TaskInfo(msgspec.Struct, frozen=True):
     """A process of a container; ``exit_status`` counts once it is STOPPED.
 
     ``id`` is the container's, or that of a process which was added.  ``pid`` is containerd's
@@ -185,16 +174,14 @@ class TaskInfo:
     terminal: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TaskExit:
+class TaskExit(msgspec.Struct, frozen=True):
     """How a process ended: its own status, or 128 and the number of the signal."""
 
     status: int
     exited_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class TaskMetrics:
+class TaskMetrics(msgspec.Struct, frozen=True):
     """What the kernel counted for a container: a protobuf message, whose kind ``type_url`` says."""
 
     type_url: str

@@ -21,6 +21,8 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from tarfile import CHRTYPE, LNKTYPE, REGTYPE, TarInfo
 
+import msgspec
+
 from serpentine.containerd import Mount, Resource, TaskStatus
 from serpentine.errors import ContainerdError, NotFound, Unavailable
 from serpentine.events import VerifyProgress
@@ -64,7 +66,7 @@ def in_place(fresh: Mount, directory: str) -> Mount:
         f"upperdir={directory}" if option.startswith("upperdir=") else option
         for option in fresh.options
     )
-    return replace(fresh, options=options)
+    return msgspec.structs.replace(fresh, options=options)
 
 
 def _bind(directory: str, mode: str) -> Mount:

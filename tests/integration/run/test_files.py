@@ -17,10 +17,10 @@ import tarfile
 import threading
 import time
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from serpentine import errors, events
 from serpentine.containerd import Containerd

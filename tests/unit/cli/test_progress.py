@@ -1,9 +1,9 @@
 """The event stream as lines, as JSON and as a live table."""
 
 import json
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from serpentine.cli import _progress
 from serpentine.cli._progress import PlainProgress, progress
