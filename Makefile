@@ -37,7 +37,7 @@ unit: $(VENV)/stamp
 
 test: check
 	scripts/setup-tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ARGS); code=$$?; echo $$code >.cache/pytest-exit; exit $$code
 
 # Of these, 'make test' runs a slice.
 chaos: $(VENV)/stamp

@@ -1,7 +1,8 @@
 """A link between a registry and its clients: so many bytes a second, and a round trip of so long.
 
 A process of its own, which forwards connections on loopback; the kernels of some machines cannot
-shape.  What it does not have is loss, and the slow start of a real connection.
+shape.  What it does not have is loss, the slow start of a real connection, and a round trip that
+the client's kernel could measure: to it, the registry is near.
 
     python -m bench.link PORT --each 50e6 --total 200e6 --delay 0.02
 """

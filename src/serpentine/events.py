@@ -65,7 +65,7 @@ class Event(msgspec.Struct, frozen=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with the kind under ``event``."""
-        return {"event": self.name, **msgspec.to_builtins(self, builtin_types=(bytes,))}
+        return {"event": self.name, **msgspec.structs.asdict(self)}
 
 
 class DaemonStarting(Event, frozen=True):
@@ -158,6 +158,11 @@ class PullPlanned(Event, frozen=True):
     name: ClassVar[str] = "pull_planned"
     image: str
     layers: tuple[LayerPlan, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, those of the layers, too."""
+        layers = [msgspec.structs.asdict(layer) for layer in self.layers]
+        return {**super().to_dict(), "layers": layers}
 
 
 class LayerProgress(Event, frozen=True):

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from serpentine.containerd import Containerd
+from serpentine.containerd.content import MESSAGE_SIZE, Content
 from serpentine.containerd.diff import Diff
 from serpentine.containerd.introspection import Introspection
 from serpentine.containerd.snapshots import Snapshots
@@ -467,11 +468,15 @@ async def test_a_base_that_somebody_else_puts_there_meanwhile(
 async def test_what_was_begun_is_not_looked_at(containerd, connect, fake, alone, monkeypatch):
     """Of the first part nothing is known: here, it implies a directory, and the rest does not."""
     # A message to containerd, less the header: what came is a number of whole ones.
-    size = (256 << 10) - 512
+    size = MESSAGE_SIZE - 512
     tar = make_tar([file(name, noise(name, size)) for name in ("d0/w", "x", "y", "z")])
     layers = [*stack_of("D"), Layer(tar, sha256(tar), "application/vnd.oci.image.layer.v1.tar")]
     reference = fake.add("not/seen", "1", image(layers))
-    half = [Answer(body=layers[1].blob, break_after=600_000, length=len(layers[1].blob))]
+    half = [
+        Answer(
+            body=layers[1].blob, break_after=2 * MESSAGE_SIZE + 80_000, length=len(layers[1].blob)
+        )
+    ]
     fake.on(f"GET .*{layers[1].digest}", lambda _: half.pop() if half else Answer(reset=True))
     monkeypatch.setattr("serpentine.pull.fetch.RETRY_DELAYS", (0.01,))
     async with connect() as engine:
@@ -480,7 +485,7 @@ async def test_what_was_begun_is_not_looked_at(containerd, connect, fake, alone,
         fake.hooks.clear()
         await engine.pull_image(reference)
         last = fake.requests(f"GET .*{layers[1].digest}")[-1]
-        assert last.headers["range"] in (f"bytes={256 << 10}-", f"bytes={512 << 10}-")
+        assert last.headers["range"] in (f"bytes={MESSAGE_SIZE}-", f"bytes={2 * MESSAGE_SIZE}-")
     assert not alone
 
 
@@ -666,6 +671,37 @@ async def test_two_that_want_the_same(containerd, connect, fake, contents):
             await engine.remove_image(reference)
             await engine.remove_image(lower)
     assert await contents() == NOTHING
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+async def test_a_lock_that_is_held_while_the_layer_below_comes(
+    containerd, connect, fake, monkeypatch, at_once
+):
+    """However long that takes: who wants the same waits for it, too, and then for the lock."""
+    monkeypatch.setattr("serpentine.pull.unpack.UNPACK_LOCK_WAIT", 0.5)
+    layers = stack_of(*(f"held {at_once} {name}" for name in "ABC"))
+    reference = fake.add("held/long", str(at_once), image(layers))
+    gate = fake.gate()
+    fake.on(f"GET .*{layers[1].digest}", Answer(body=layers[1].blob, gate=gate))
+    held: list[str] = []
+    lock = Content.lock
+
+    def noted(self, ref, **more):
+        held.append(ref)
+        return lock(self, ref, **more)
+
+    monkeypatch.setattr(Content, "lock", noted)
+    async with connect(at_once) as one, connect(1) as two, asyncio.timeout(60):
+        first = asyncio.create_task(one.pull_image(reference))
+        while len(held) < 2:  # noqa: ASYNC110 - the lowest, and the one on top
+            await asyncio.sleep(0.01)
+        second = asyncio.create_task(two.pull_image(reference))
+        while len(held) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(1.5)
+        assert not second.done()
+        gate.set()
+        assert (await first).snapshot_key == (await second).snapshot_key
 
 
 async def test_killed_while_layers_wait_for_the_one_below(

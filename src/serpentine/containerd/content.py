@@ -38,7 +38,7 @@ _SERVICE = "/containerd.services.content.v1.Content/"
 # (writing 384 MB: 0.4 s of our processor with 1 MiB, 0.55 s with 256 KiB, 1.3 s with 64 KiB),
 # larger ones memory on both sides (a pull of 1 GB in three streams peaks at 98 MB with 1 MiB, at
 # 70 MB with 256 KiB); answers are waited for only when the window is full.
-MESSAGE_SIZE = 256 * 1024
+MESSAGE_SIZE = 192 * 1024
 MAX_IN_FLIGHT = 2
 
 # How a field of bytes begins on the wire: its number, and "so many bytes follow".

@@ -19,6 +19,7 @@ from serpentine.errors import (
     ContainerdError,
     DiffIDMismatch,
     LayerError,
+    Locked,
     NoSpace,
     NotFound,
     Unavailable,
@@ -53,7 +54,13 @@ _PLAIN = "0:0"
 
 
 async def unpack_layer(
-    job: Job, layer: Layer, place: int, *, plain: bool = False, several: Several | None = None
+    job: Job,
+    layer: Layer,
+    place: int,
+    *,
+    plain: bool = False,
+    several: Several | None = None,
+    lock_wait: float | None = None,
 ) -> bool:
     """Make the committed snapshot that ``layer.chain_id`` names, unless it is there by now.
 
@@ -63,12 +70,14 @@ async def unpack_layer(
     is killed.  Who holds one waits for layers below it only, so that nobody waits for himself.
 
     plain: whether the parent's root directory is known to be as containerd makes it.  Returns
-    whether the layer's is.
+    whether the layer's is.  Raises Locked when another process holds the lock for longer than
+    ``lock_wait`` seconds, half an hour by default.
     """
     name = f"unpack-{job.snapshots.name}-{layer.chain_id}"
+    wait = UNPACK_LOCK_WAIT if lock_wait is None else lock_wait
     async with (
         job.locks(("unpack", job.containerd.namespace, name)),
-        job.containerd.content.lock(name, lease=job.lease, wait=UNPACK_LOCK_WAIT),
+        job.containerd.content.lock(name, lease=job.lease, wait=wait),
     ):
         found = await lease_snapshot(job, layer.chain_id)
         if found is not None:
@@ -91,10 +100,15 @@ async def lease_snapshot(job: Job, chain_id: ChainID) -> SnapshotInfo | None:
     Holding is a transaction with a sync to disk, looking is not: so look first, and look again
     once it is held, for it could have been collected in between.
     """
+    if await _stat(job, chain_id) is None:
+        return None
+    resource = Resource(id=str(chain_id), type=f"snapshots/{job.snapshots.name}")
+    await job.containerd.leases.add_resource(job.lease, resource)
+    return await _stat(job, chain_id)
+
+
+async def _stat(job: Job, chain_id: ChainID) -> SnapshotInfo | None:
     try:
-        await job.snapshots.stat(str(chain_id))
-        resource = Resource(id=str(chain_id), type=f"snapshots/{job.snapshots.name}")
-        await job.containerd.leases.add_resource(job.lease, resource)
         return await job.snapshots.stat(str(chain_id))
     except NotFound:
         return None
@@ -128,6 +142,15 @@ class Several:
         """Unpack a layer when its blob is there, and commit it when its parent is."""
         await arrived.wait()
         await self._is_done[max(place - self._look_ahead, self._first - 1)].wait()
+        if place - 1 not in self._plain:
+            try:
+                await unpack_layer(self._job, layer, place, several=self, lock_wait=0.0)
+            except Locked:
+                # Another process has it, and may wait for the layers below for as long as they take
+                # to come.  So do we, and only then for what it does.
+                await self._is_done[place - 1].wait()
+            else:
+                return
         await unpack_layer(self._job, layer, place, several=self)
 
     def done(self, place: int, *, plain: bool) -> None:

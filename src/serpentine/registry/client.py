@@ -182,10 +182,10 @@ class Repository:
         """
         return await self._first(self._resolve, resolve=True)
 
-    async def _resolve(self, source: Source) -> Resolved:
+    async def _resolve(self, source: Source, before: int) -> Resolved:
         path = f"manifests/{self.reference.object}"
         try:
-            async with source.request("HEAD", path, {"Accept": _ACCEPT}) as response:
+            async with source.request("HEAD", path, {"Accept": _ACCEPT}, before=before) as response:
                 descriptor = self._described(response)
         except RegistryError as error:
             if error.status not in _HEAD_REFUSED:
@@ -193,7 +193,7 @@ class Repository:
             descriptor = None
         if descriptor is not None:
             return Resolved(descriptor)
-        async with source.request("GET", path, {"Accept": _ACCEPT}) as response:
+        async with source.request("GET", path, {"Accept": _ACCEPT}, before=before) as response:
             body = await self._read_document(response, None)
             media_type = _media_type(response)
             named = self._header_digest(response)
@@ -214,9 +214,10 @@ class Repository:
         if descriptor.size > MAX_DOCUMENT:
             raise self._too_large(descriptor.digest, self.host)
 
-        async def fetch(source: Source) -> bytes:
+        async def fetch(source: Source, before: int) -> bytes:
             headers = {"Accept": _ACCEPT} if kind == "manifests" else {}
-            async with source.request("GET", f"{kind}/{descriptor.digest}", headers) as response:
+            path = f"{kind}/{descriptor.digest}"
+            async with source.request("GET", path, headers, before=before) as response:
                 body = await self._read_document(response, descriptor)
             if descriptor.size >= 0 and len(body) != descriptor.size:
                 raise SizeMismatch(
@@ -347,7 +348,7 @@ class Repository:
         self.requests += 1
 
     async def _first(
-        self, work: Callable[[Source], Coroutine[Any, Any, _T]], *, resolve: bool = False
+        self, work: Callable[[Source, int], Coroutine[Any, Any, _T]], *, resolve: bool = False
     ) -> _T:
         """Do the work with the first endpoint where it succeeds."""
         with self._named():
@@ -359,15 +360,18 @@ class Repository:
                     await failures.add(source, error)
             raise failures.reason()
 
-    async def _again(self, source: Source, work: Callable[[Source], Coroutine[Any, Any, _T]]) -> _T:
+    async def _again(
+        self, source: Source, work: Callable[[Source, int], Coroutine[Any, Any, _T]]
+    ) -> _T:
         """Do the work; once more, and once more, if a body breaks off and nobody else has it."""
-        for delay in BODY_DELAYS if source.may_wait else ():
+        delays = BODY_DELAYS if source.may_wait else ()
+        for before, delay in enumerate(delays):
             try:
-                return await work(source)
+                return await work(source, before)
             except TransferError as error:
                 self._on_event(Retrying(what=source.host, reason=str(error), delay=delay))
             await asyncio.sleep(delay)
-        return await work(source)
+        return await work(source, len(delays))
 
     async def failed(self, endpoint: str, why: str) -> None:
         """Note that an endpoint failed; while there are others, it is not asked for a while."""

@@ -95,9 +95,14 @@ class HostMemory:
         if self._folder is not None:
             # Nearly always there is no file, or the one that was read: one look costs a
             # few microseconds, so that what another process learned counts at once.
+            path = self._path(host)
             with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
-                path = self._path(host)
-                status = path.stat()
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    if known.stamp is not None:  # somebody knows that it is over
+                        known.noted, known.stamp = _Noted(), None
+                    raise
                 stamp = (status.st_mtime_ns, status.st_ino)
                 if stamp != known.stamp and status.st_size <= _MAX_FILE:
                     known.stamp = stamp

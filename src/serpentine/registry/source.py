@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from serpentine.errors import RateLimited, RegistryError, RegistryProtocolError
-from serpentine.events import OnEvent, Retrying
+from serpentine.events import OnEvent, PullNotice, Retrying
 from serpentine.model.reference import Reference
 from serpentine.registry.auth import Authenticator
 from serpentine.registry.endpoints import Endpoint
@@ -67,15 +67,18 @@ class Source:
 
     @asynccontextmanager
     async def request(
-        self, method: str, path: str, headers: Mapping[str, str]
+        self, method: str, path: str, headers: Mapping[str, str], *, before: int = 0
     ) -> AsyncIterator[Response]:
-        """Send until there is an answer that is no error; raise what it means otherwise."""
+        """Send until there is an answer that is no error; raise what it means otherwise.
+
+        before: how often that brought an answer whose body did not come.
+        """
         tries = 0
         while True:
             tries += 1
             opened = False
             try:
-                async with self._authorized(method, path, headers, tries) as response:
+                async with self._authorized(method, path, headers, before + tries) as response:
                     if response.status in (200, 206) or is_empty_range(response, headers):
                         opened = True
                         yield response
@@ -169,7 +172,7 @@ class Source:
 
     @asynccontextmanager
     async def follow(
-        self, method: str, url: str, headers: Mapping[str, str], source: str, *, tries: int = 1
+        self, method: str, url: str, headers: Mapping[str, str], source: str, *, tries: int = 3
     ) -> AsyncIterator[Response]:
         """Go where ``source`` sent us, and on from there."""
         for _ in range(MAX_REDIRECTS):
@@ -302,7 +305,8 @@ class Source:
             await asyncio.sleep(delay)
 
     def _waiting(self, host: str, seconds: float) -> None:
-        self._on_event(Retrying(what=host, reason="it asked us to wait", delay=seconds))
+        text = f"waiting {seconds:.0f} seconds for {host}, which asked for it"
+        self._on_event(PullNotice(image=str(self.reference), text=text))
 
     def _rate_limited(self, host: str, after: float | None) -> RateLimited:
         return RateLimited(

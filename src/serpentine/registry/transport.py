@@ -51,7 +51,7 @@ CONNECT_TIMEOUT = 15.0
 READ_TIMEOUT = 32.0
 # How much waits to be read before the connection is left alone.  All that is between a registry and
 # containerd's disk comes again if we are killed: that is to be less than 1 MiB.
-READ_BUFFER = 64 * 1024
+READ_BUFFER = 16 * 1024
 # What the kernel holds (twice) for us of a host that is near, where it would hold several MiB: as a
 # round trip takes less than a millisecond, more would make nothing faster.
 NEAR_BUFFER = 64 * 1024
@@ -140,10 +140,11 @@ def _hold_little(response: aiohttp.ClientResponse) -> None:
     connection = transport.get_extra_info("socket") if transport else None
     if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    with contextlib.suppress(OSError):
+    # An old kernel tells less, and one that imitates Linux may say 0 for what it does not know.
+    with contextlib.suppress(OSError, struct.error):
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 152)
         (round_trip,) = struct.unpack_from("=I", info, 148)  # the least, in µs
-        if round_trip < NEAR * 1e6:
+        if 0 < round_trip < NEAR * 1e6:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER)
 
 
@@ -228,7 +229,7 @@ class Transport:
         *,
         scheme: str | None = None,
         tls: ssl.SSLContext | None = None,
-        tries: int = 1,
+        tries: int = 3,
         hurry: bool = False,
         on_wait: Callable[[str, float], None] | None = None,
     ) -> AsyncIterator[Response]:
@@ -273,7 +274,7 @@ class Transport:
         data: Mapping[str, str] | None = None,
         source: str = "",
         tls: ssl.SSLContext | None = None,
-        tries: int = 1,
+        tries: int = 3,
         hurry: bool = False,
         on_wait: Callable[[str, float], None] | None = None,
     ) -> AsyncIterator[Response]:
@@ -281,8 +282,8 @@ class Transport:
 
         source: the host that sent us to this URL, if one did.
         tls: how the host proves itself, if not as all others.
-        tries: how often it was sent, this time included.  A connection that has died silently is
-            given up soon; a host that is slow to answer gets more time by and by.
+        tries: how often it was sent, this time included, by those who send it again.  A connection
+            that has died silently is given up soon; a host that is slow gets more time by and by.
         hurry: there is another host to ask: give up soon, and do not wait for this one.
         on_wait: is told of a host, and for how many seconds it is waited for, if that is long.
 

@@ -531,8 +531,7 @@ class TestRetries:
         await repo(client, fake, on_event=events.append).resolve()
         assert time.monotonic() - began >= 1.2
         [told] = events
-        assert (told.what, told.reason) == (fake.address, "it asked us to wait")
-        assert 1 < told.delay < 1.4
+        assert told.text == f"waiting 1 seconds for {fake.address}, which asked for it"
 
     async def test_one_whose_wait_is_over_can_be_asked(self, fake, tmp_path):
         """The hint names what keeps us from it."""
@@ -541,7 +540,6 @@ class TestRetries:
             with pytest.raises(RateLimited, match="wait for 7200 seconds") as caught:
                 await repo(client, fake).resolve()
             Path(caught.value.hint.rpartition(" ")[2]).unlink()
-        async with RegistryClient(credentials=Store(), memory=tmp_path / "m") as client:
             await repo(client, fake).resolve()
 
     async def test_a_document_that_comes_too_slowly(self, monkeypatch):
