@@ -481,7 +481,7 @@ class TestContent:
         """At each await in turn, roughly: every few turns of the loop, from open to the end."""
         complaints = []
         asyncio.get_running_loop().set_exception_handler(lambda _, c: complaints.append(c))
-        data = noise("turns", 6 * MESSAGE_SIZE)
+        data = noise("turns", 16 * MESSAGE_SIZE)
         digest = Digest.of(data)
         turns, cancelled = 0, 0
         while True:
@@ -495,7 +495,7 @@ class TestContent:
             if not task.cancelled():
                 break
             cancelled += 1
-            turns += 1 + turns // 8
+            turns += 1 + turns // 16
             if await client.content.exists(digest):
                 await client.content.delete(digest)  # the commit was through when we cancelled
         await task
