@@ -12,6 +12,7 @@ from serpentine.errors import (
     InvalidDocument,
     NotFound,
     PlatformNotFound,
+    Unavailable,
     UnsupportedImage,
 )
 from serpentine.model.digest import Digest
@@ -124,6 +125,8 @@ class Documents:
             data = await self._content.read_all(descriptor.digest, limit=MAX_LOCAL_DOCUMENT)
         except NotFound:
             return None
+        except Unavailable:
+            raise  # nothing can be done without it; what it has need not come again
         except ContainerdError:
             # Unreadable there (damaged, or absurdly large): the registry's copy is as good.
             if self._fetch is None:
