@@ -49,6 +49,12 @@ def main() -> None:
         "machine": platform.platform(),
         "cores": os.cpu_count(),
     }
+
+    def save() -> None:
+        # After each case: all of it takes long, and may be ended before.
+        if arguments.json:
+            arguments.json.write_text(json.dumps(kept, indent=1))
+
     if arguments.what in ("run", "all"):
         with RegistryServer() as registry:
             kept["steps"] = measure_steps(registry, arguments.rounds)
@@ -61,15 +67,18 @@ def main() -> None:
         if "igzip" in decompressors and not shutil.which("igzip"):
             print("LEFT OUT: igzip is not on this machine")
             decompressors.remove("igzip")
-        kept["pulls"] = measure_pulls(
+        cases = measure_pulls(
             images=arguments.image or list(IMAGES),
             links=arguments.link or list(LINKS),
             decompressors=decompressors,
             containerd=arguments.containerd,
             rounds=arguments.rounds,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(kept, indent=1))
+        kept["pulls"] = []
+        for case in cases:
+            kept["pulls"].append(case)
+            save()
+    save()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,9 +179,8 @@ def measure_pulls(
     decompressors: Sequence[str],
     containerd: str,
     rounds: int,
-) -> list[dict[str, Any]]:
-    """Measure each image over each link with each containerd; print tables on the way."""
-    kept = []
+) -> Iterator[dict[str, Any]]:
+    """Measure each image over each link with each containerd; print and yield each case."""
     with RegistryServer() as registry:
         for name in images:
             layers = IMAGES[name]()
@@ -215,5 +214,4 @@ def measure_pulls(
                             with way as address:
                                 compare(case, tools, registry, f"{address}/{reference}", rounds)
                             print("\n".join(table(case)), flush=True)
-                            kept.append(asdict(case))
-    return kept
+                            yield asdict(case)
