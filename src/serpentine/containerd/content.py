@@ -37,7 +37,8 @@ _SERVICE = "/containerd.services.content.v1.Content/"
 # containerd takes 16 MiB per message, overhead included (trap 12).  Smaller messages cost time
 # (writing 384 MB: 0.4 s of our processor with 1 MiB, 0.55 s with 256 KiB, 1.3 s with 64 KiB),
 # larger ones memory on both sides (a pull of 1 GB in three streams peaks at 98 MB with 1 MiB, at
-# 70 MB with 256 KiB); answers are waited for only when the window is full.
+# 70 MB with 256 KiB) and what comes again after a kill; answers are waited for only when the window
+# is full.
 MESSAGE_SIZE = 192 * 1024
 MAX_IN_FLIGHT = 2
 
@@ -313,7 +314,7 @@ class Content:
 
 
 class ContentWriter:
-    """One write stream: messages of 256 KiB, several on their way at once.
+    """One write stream: messages of 192 KiB, two on their way at once.
 
     Not for concurrent use.  ``offset`` is how many bytes it has been given, those of an earlier
     attempt included; what does not fill a message waits for more, or for ``commit``.

@@ -50,7 +50,7 @@ __all__ = ["Interrupted", "PlainHTTPError", "Response", "Transport"]
 CONNECT_TIMEOUT = 15.0
 READ_TIMEOUT = 32.0
 # How much waits to be read before the connection is left alone.  All that is between a registry and
-# containerd's disk comes again if we are killed: that is to be less than 1 MiB.
+# containerd's disk comes again if we are killed: that is to be about 1 MiB.
 READ_BUFFER = 16 * 1024
 # What the kernel holds (twice) for us of a host that is near, where it would hold several MiB: as a
 # round trip takes less than a millisecond, more would make nothing faster.
