@@ -134,18 +134,17 @@ class Response:
 
 def _hold_little(response: aiohttp.ClientResponse) -> None:
     """Let the kernel hold little of what we have not read, where that costs no speed."""
-    if sys.platform != "linux" or response.connection is None:
-        return
-    transport = response.connection.transport
+    transport = response.connection.transport if response.connection else None
     connection = transport.get_extra_info("socket") if transport else None
     if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
         return
-    # An old kernel tells less, and one that imitates Linux may say 0 for what it does not know.
-    with contextlib.suppress(OSError, struct.error):
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 152)
-        (round_trip,) = struct.unpack_from("=I", info, 148)  # the least, in µs
-        if 0 < round_trip < NEAR * 1e6:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER)
+    if sys.platform == "linux":
+        # An old kernel tells less, and one that imitates it may say 0 for what it does not know.
+        with contextlib.suppress(OSError, struct.error):
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 152)
+            (round_trip,) = struct.unpack_from("=I", info, 148)  # the least, in µs
+            if 0 < round_trip < NEAR * 1e6:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, NEAR_BUFFER)
 
 
 class Transport:
