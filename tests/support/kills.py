@@ -85,9 +85,7 @@ class Killable:
         """Return how much of each blob may come again because of a kill that happens now."""
         async with Containerd(endpoint, namespace=namespace) as client:
             whole = {str(one.digest) for one in await client.content.all()}
-        # A config may go with the lease of an attempt that had begun no layer.
-        layers = {one.digest for one in self.layers} & whole
-        return {digest: 0 if digest in layers else CHUNK for digest in self.image.blobs}
+        return {digest: 0 if digest in whole else CHUNK for digest in self.image.blobs}
 
     def judge(self, registry: FaultyRegistry, kills: Sequence[dict[str, int]]) -> None:
         """Hold what was served of each blob against what may have been; kills: their allowances."""
