@@ -15,6 +15,7 @@
     │   ├── AuthenticationError        no credentials, or wrong ones
     │   ├── RateLimited                try again later              (.retry_after)
     │   ├── TransferError              a body that broke off, was short or long
+    │   │   └── NoSuchRange            a part of it that came as something else
     │   └── RegistryProtocolError      an answer that the specification does not allow
     ├── ImageError                 what the registry served is no image for us   (.image)
     │   ├── DigestMismatch
@@ -85,6 +86,7 @@ __all__ = [
     "LayerError",
     "Locked",
     "NoSpace",
+    "NoSuchRange",
     "NotFound",
     "NotPinned",
     "OutOfRange",
@@ -215,6 +217,10 @@ class TransferError(RegistryError):
     """
 
     endpoint: str = ""
+
+
+class NoSuchRange(TransferError):
+    """A part of a body was asked for, and the answer was something else."""
 
 
 class RegistryProtocolError(RegistryError):

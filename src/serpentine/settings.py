@@ -72,7 +72,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("SERPENTINE_LIMIT_RATE", "bytes per second to download, as 500k or 10M", "limit_rate"),
     Variable(
         "SERPENTINE_MAX_UNPACKS",
-        "layers to unpack at once, per pull; 1: one after the other",
+        "layers to unpack at once, per pull; 1: one after the other; by default as many as pay",
         "max_concurrent_unpacks",
     ),
     Variable(
@@ -121,10 +121,12 @@ class Settings:
         configuration file only.
     hosts_dir: a folder with ``HOST/hosts.toml`` files, as containerd has them; None means the usual
         ones.
-    max_concurrent_downloads: blobs that are downloaded at once, per pull.
+    max_concurrent_downloads: blobs that are downloaded at once, per pull; also parts of large ones,
+        where one connection does not bring all that it could.  None means three, and up to five
+        where that is measured to bring more.
     max_concurrent_unpacks: layers that containerd unpacks at once, per pull, where it can put one
-        onto the one below afterwards (2.2 and later).  1 means one after the other, which is as
-        fast where there are two processors only.
+        onto the one below afterwards (2.2 and later).  1 means one after the other, None twice as
+        many as there are processors.
     max_connections: to one host, for all pulls of an engine.
     limit_rate: bytes per second that all downloads of an engine take together (``500k``, ``10M``);
         None for no limit.
@@ -156,8 +158,8 @@ class Settings:
     insecure_registries: tuple[str, ...] = ()
     mirrors: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     hosts_dir: Path | None = None
-    max_concurrent_downloads: int = 3
-    max_concurrent_unpacks: int = 1
+    max_concurrent_downloads: int | None = None
+    max_concurrent_unpacks: int | None = None
     max_connections: int = 8
     limit_rate: int | None = None
     stall_timeout: float = 8.0

@@ -11,11 +11,14 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.support.images import Image, sha256
+
+PIECE = 16 * 1024
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class FakeRegistry:
         self.blobs: dict[str, bytes] = {}
         self.hooks: list[tuple[str, Hook]] = []
         self.tls = tls
+        # Bytes a second of each body; None for no limit.
+        self.pace: float | None = None
+        # Bodies that are being sent, and the most that were at once.
+        self.sending = self.most_sending = 0
+        self._count = threading.Lock()
         self._gates: list[threading.Event] = []
         outer = self
 
@@ -165,8 +173,22 @@ class FakeRegistry:
         elif answer.break_after is not None:
             handler.wfile.write(answer.body[: answer.break_after])
             handler.close_connection = True
+        elif self.pace is not None:
+            self._send_slowly(handler, answer.body, self.pace)
         else:
             handler.wfile.write(answer.body)
+
+    def _send_slowly(self, handler: BaseHTTPRequestHandler, body: bytes, pace: float) -> None:
+        with self._count:
+            self.sending += 1
+            self.most_sending = max(self.most_sending, self.sending)
+        try:
+            for start in range(0, len(body), PIECE):
+                handler.wfile.write(body[start : start + PIECE])
+                time.sleep(PIECE / pace)
+        finally:
+            with self._count:
+                self.sending -= 1
 
     def _answer(self, seen: Seen) -> Answer:
         for pattern, hook in self.hooks:
@@ -186,11 +208,12 @@ class FakeRegistry:
 
     @staticmethod
     def _blob(data: bytes, asked: str | None) -> Answer:
-        found = re.fullmatch(r"bytes=(\d+)-", asked or "")
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
         if not found:
             return Answer(body=data)
         start = int(found[1])
+        end = min(int(found[2]) + 1, len(data)) if found[2] else len(data)
         if start >= len(data):
             return Answer(416, headers={"Content-Range": f"bytes */{len(data)}"})
-        where = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        return Answer(206, data[start:], {"Content-Range": where})
+        where = f"bytes {start}-{end - 1}/{len(data)}"
+        return Answer(206, data[start:end], {"Content-Range": where})

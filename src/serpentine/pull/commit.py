@@ -102,7 +102,6 @@ async def commit_image(
             lease=lease,
             locks=locks,
             on_event=on_event,
-            max_concurrent_downloads=1,
             sync_fs=False,
         )
         base_key = await _base_key(snapshots, state.snapshot_key)

@@ -7,12 +7,14 @@ import random
 import time
 from dataclasses import dataclass, field
 
+from serpentine._concurrency import task_group
 from serpentine.containerd import PATIENCE, ContentWriter
 from serpentine.errors import (
     AlreadyExists,
     DigestMismatch,
     FailedPrecondition,
     Locked,
+    NoSuchRange,
     RegistryError,
     SizeMismatch,
     TransferError,
@@ -23,6 +25,7 @@ from serpentine.events import LayerStatus, Received, Retrying
 from serpentine.model.digest import Digest
 from serpentine.model.documents import Descriptor
 from serpentine.pull.job import Job
+from serpentine.pull.parts import PART, PARTS_AHEAD, Part, Parts
 from serpentine.pull.scan import LayerScan
 
 __all__ = ["blob_ref", "fetch_blob", "source_labels"]
@@ -39,6 +42,12 @@ WINDOW = 5.0
 # How often a blob is begun anew for being far behind: if that does not help, it is its way, and it
 # gets on all the same.
 SLOW_TRIES = 3
+
+# Less than this, in bytes and in seconds, is not worth being asked for in parts.
+PARTS_FROM = 16 << 20
+PARTS_SECONDS = 1.5
+# So many broken parts, and a blob is no more asked for in parts.
+PARTS_BROKEN = 3
 
 # Another client writes the same blob: wait for it as long as it moves.
 HOLDER_STALLED_AFTER = 60.0
@@ -81,6 +90,7 @@ class _Way:
     suspected: mirrors that had a part in something with another digest.
     slow: how often it was begun anew for being far behind the others.
     careful: the write stream broke, and we would like to know why.
+    broken: how many parts did not come.
     """
 
     asked: set[str] = field(default_factory=set)
@@ -88,6 +98,7 @@ class _Way:
     suspected: set[str] = field(default_factory=set)
     slow: int = 0
     careful: bool = False
+    broken: int = 0
 
 
 async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...], way: _Way) -> bool:
@@ -175,7 +186,8 @@ async def _stream(
         # Once it is clear that it cannot be had otherwise, all of it comes again.
         skipped = blob.size if failures >= BEGINS_AGAIN_AFTER else MAX_SKIPPED
         try:
-            await _download(job, blob, places, writer, way, scan, most_skipped=skipped)
+            if await _download(job, blob, places, writer, way, scan, most_skipped=skipped):
+                await _download_in_parts(job, blob, places, writer, way, scan)
         except TransferError as error:
             # A registry may be silent for longer than containerd has been gone.
             await writer.check()
@@ -202,10 +214,11 @@ async def _download(
     scan: LayerScan | None,
     *,
     most_skipped: int,
-) -> None:
+) -> bool:
     """Pass on what one request brings, until its end, or until it is no use any more.
 
-    Raises TransferError for a body that breaks off, stalls, or falls far behind the others.
+    Returns whether the rest may come faster in parts.  Raises TransferError for a body that breaks
+    off, stalls, or falls far behind the others.
     """
     assert job.repository is not None  # what was made here is not fetched
     now = asyncio.get_running_loop().time
@@ -230,15 +243,15 @@ async def _download(
                     waited += came - asked
                     size += len(chunk)
                     since += len(chunk)
-                    await writer.write(chunk)
-                    job.begun.add(blob.digest)
-                    if scan is not None:
-                        await scan.feed(chunk)
-                    await job.repository.throttle.take(len(chunk))
+                    job.lines.came(len(chunk))
+                    await _pass_on(job, blob, writer, scan, chunk)
                     asked = now()
                     if asked - reported >= REPORT_EVERY:
                         job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
-                        job.speeds.note(stream, since / (asked - reported))
+                        rate = since / (asked - reported)
+                        job.speeds.note(stream, rate)
+                        if way.broken < PARTS_BROKEN and _parts_pay(job, blob, writer, rate):
+                            return True
                         reported, since = asked, 0
                     if waited >= WINDOW:
                         compare = way.slow < SLOW_TRIES
@@ -275,6 +288,114 @@ async def _download(
                     host=host,
                     offset=start,
                     size=writer.offset - start,
+                    seconds=now() - began,
+                )
+            )
+
+    return False
+
+
+async def _pass_on(
+    job: Job, blob: Descriptor, writer: ContentWriter, scan: LayerScan | None, chunk: bytes
+) -> None:
+    assert job.repository is not None
+    await writer.write(chunk)
+    job.begun.add(blob.digest)
+    if scan is not None:
+        await scan.feed(chunk)
+    await job.repository.throttle.take(len(chunk))
+
+
+def _parts_pay(job: Job, blob: Descriptor, writer: ContentWriter, rate: float) -> bool:
+    left = blob.size - writer.offset
+    return left >= max(PARTS_FROM, rate * PARTS_SECONDS) and job.lines.more()
+
+
+async def _download_in_parts(
+    job: Job,
+    blob: Descriptor,
+    places: tuple[int, ...],
+    writer: ContentWriter,
+    way: _Way,
+    scan: LayerScan | None,
+) -> None:
+    """Pass on what several connections bring, until the end, or as long as they bring more.
+
+    What goes wrong with a part is told to nobody: the rest comes in one again, whose errors count.
+    """
+    now = asyncio.get_running_loop().time
+    reported = now()
+    parts = Parts(writer.offset, blob.size, size=PART, ahead=PARTS_AHEAD)
+    others = 0
+
+    async def fetch(*, extra: bool) -> None:
+        nonlocal others
+        try:
+            while (part := await parts.take()) is not None:
+                group.create_task(_fetch_part(job, blob, way, part), name=f"{part.start}")
+                await part.nearly.wait()
+                if extra and job.lines.too_many():
+                    return
+        finally:
+            if extra:
+                others -= 1
+                job.lines.give_back()
+
+    def begin_more() -> None:
+        nonlocal others
+        while parts.left and job.lines.try_more():
+            others += 1
+            group.create_task(fetch(extra=True), name=f"parts of {blob.digest}")
+
+    try:
+        async with task_group() as group:
+            group.create_task(fetch(extra=False), name=f"parts of {blob.digest}")
+            begin_more()
+            async for chunk in parts.read():
+                await _pass_on(job, blob, writer, scan, chunk)
+                if now() - reported >= REPORT_EVERY:
+                    job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
+                    reported = now()
+                    begin_more()
+                    if not others:
+                        parts.stop()
+    except NoSuchRange:
+        job.lines.parts = False
+    except RegistryError:
+        way.broken += 1
+
+
+async def _fetch_part(job: Job, blob: Descriptor, way: _Way, part: Part) -> None:
+    """Bring a part into memory; raises RegistryError if it breaks off, stalls, or hardly moves."""
+    assert job.repository is not None
+    now = asyncio.get_running_loop().time
+    began = now()
+    host = ""
+    try:
+        async with job.repository.open_blob(
+            blob, offset=part.start, end=part.end, avoid=way.avoid
+        ) as body:
+            host = body.host
+            way.asked.add(body.endpoint)
+            async with asyncio.timeout(job.stall_timeout) as limit:
+                async for chunk in body:
+                    part.put(chunk)
+                    job.lines.came(len(chunk))
+                    took = now() - began
+                    if took >= WINDOW and job.speeds.too_slow(part, part.came / took):
+                        raise TransferError("too slow", host=host)
+                    limit.reschedule(now() + job.stall_timeout)
+    except TimeoutError as error:
+        raise TransferError("silent", host=host) from error
+    finally:
+        if part.came:
+            job.on_event(
+                Received(
+                    image=job.image,
+                    digest=str(blob.digest),
+                    host=host,
+                    offset=part.start,
+                    size=part.came,
                     seconds=now() - began,
                 )
             )

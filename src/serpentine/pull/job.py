@@ -11,6 +11,7 @@ from serpentine.events import LayerProgress, LayerStatus, OnEvent
 from serpentine.model.digest import Digest
 from serpentine.model.documents import Descriptor
 from serpentine.model.reference import Reference
+from serpentine.pull.lines import Lines
 from serpentine.pull.speed import Speeds
 
 if TYPE_CHECKING:
@@ -49,11 +50,11 @@ class Job:
     lease: str
     locks: KeyedLock
     on_event: OnEvent
-    max_concurrent_downloads: int
     sync_fs: bool
     stall_timeout: float = 8.0
     statistics: Statistics = field(default_factory=Statistics)
     speeds: Speeds = field(default_factory=Speeds)
+    lines: Lines = field(default_factory=Lines)
     # The blobs of which this pull has given containerd anything that counts.
     begun: set[Digest] = field(default_factory=set)
     # The blobs whose headers are looked at on their way, and those of them that name all they need.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from serpentine.events import LayerPlan, LayerStatus
@@ -17,10 +17,15 @@ __all__ = [
     "can_rebase",
     "candidates",
     "child_labels",
+    "download_order",
     "list_platforms",
     "make_plan",
+    "unpacks_for",
     "worth_a_look",
 ]
+
+# The disk, and a daemon that others use, too.
+MOST_UNPACKS = 8
 
 _GC_CONTENT = "containerd.io/gc.ref.content"
 
@@ -89,6 +94,12 @@ class Plan:
             if layer.descriptor.digest == digest
         )
 
+    def in_order(self, places: Iterable[int]) -> tuple[Descriptor, ...]:
+        """Return the blobs to fetch, each once, in the order of their places in ``unpack``."""
+        blobs = {blob.digest: blob for blob in self.fetch}
+        digests = (self.unpack[place].descriptor.digest for place in places)
+        return tuple(blobs[digest] for digest in dict.fromkeys(digests))
+
     def for_display(self) -> tuple[LayerPlan, ...]:
         """Return the plan as the event stream tells it."""
         first = len(self.layers) - len(self.unpack)
@@ -123,24 +134,48 @@ def can_rebase(snapshotter: str, capabilities: Collection[str]) -> bool:
     return snapshotter == "overlayfs" and "rebase" in capabilities
 
 
+def unpacks_for(processors: int) -> int:
+    """Return how many layers to unpack at once, where nobody has said it.
+
+    More than there are processors, since an unpack waits for the disk, too; with one processor, one
+    after the other: the look at them would cost what is gained.
+    """
+    return 1 if processors < 2 else min(2 * processors, MOST_UNPACKS)
+
+
 def worth_a_look(sizes: Sequence[int], at_once: int) -> tuple[int, ...]:
     """Return which of the layers, from the lowest, are to be looked at so that they may go alone.
 
-    A look costs time of a processor.  The others go one after the other, beside those that go
-    alone, and keep one of the ``at_once`` busy: so they may be that part of all.
-    The lowest has all that is below it; the last would have to wait for all others.
+    A look costs time of a processor.  The lowest ones go one after the other without it, beside
+    those that go alone, and keep one of the ``at_once`` busy: so they may be that part of all.
     """
-    chosen = []
-    left = sizes[0] if sizes else 0
-    total = left
-    for place in range(1, len(sizes)):
-        total += sizes[place]
-        above = sizes[place + 1] if place + 1 < len(sizes) else None
-        if above is not None and (left + sizes[place]) * at_once <= total + above:
-            left += sizes[place]
-        else:
-            chosen.append(place)
-    return tuple(chosen)
+    most = sum(sizes) / at_once
+    below = 0
+    for place, size in enumerate(sizes):
+        below += size
+        if place and below > most:
+            return tuple(range(place, len(sizes)))
+    return ()
+
+
+def download_order(sizes: Sequence[int], alone: Collection[int]) -> tuple[int, ...]:
+    """Return the places of the layers in the order in which their downloads are to begin.
+
+    alone: those that may be applied before what is below them.
+
+    From both ends: the lowest one, which can be applied at once and which all wait for, and the
+    largest of those that may go alone, which would take longest after the last byte; and so on.
+    Without any that may, the order of the chain: what is above can only wait.
+    """
+    lowest = iter(range(len(sizes)))
+    largest = iter(sorted(alone, key=lambda place: (-sizes[place], place)))
+    order: dict[int, None] = {}
+    while len(order) < len(sizes):
+        for end in (lowest, largest):
+            chosen = next((place for place in end if place not in order), None)
+            if chosen is not None:
+                order[chosen] = None
+    return tuple(order)
 
 
 @dataclass(frozen=True, slots=True)

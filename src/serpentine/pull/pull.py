@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from serpentine.model.state import ContainerState
 from serpentine.pull.fetch import blob_ref, fetch_blob
 from serpentine.pull.job import Job, Statistics
 from serpentine.pull.leases import forget_earlier, leased
-from serpentine.pull.plan import Plan, make_plan, worth_a_look
+from serpentine.pull.lines import Lines
+from serpentine.pull.plan import Plan, download_order, make_plan, unpacks_for, worth_a_look
 from serpentine.pull.record import is_recorded, record_image
 from serpentine.pull.resolve import ResolvedImage, resolve
 from serpentine.pull.space import Need, need_of
@@ -41,9 +43,10 @@ __all__ = ["PullOptions", "pull", "state_of"]
 class PullOptions:
     """How to pull.
 
-    max_concurrent_downloads: at once.
+    max_concurrent_downloads: at once, parts of large ones included; None for as many as bring more.
     max_concurrent_unpacks: at once, if ``can_rebase``, which is asked when it matters, says that
-        containerd can put a layer onto the one below after it was applied.
+        containerd can put a layer onto the one below after it was applied; None for as many as the
+        processors of this machine make worth while.
     stall_timeout: seconds without a byte after which a download is continued anew.
     sync_fs: whether what was unpacked is on the disk before it counts.
     check_space: is told what will be needed before the first byte of a layer comes, and raises
@@ -51,8 +54,8 @@ class PullOptions:
     """
 
     platform: Platform
-    max_concurrent_downloads: int = 3
-    max_concurrent_unpacks: int = 1
+    max_concurrent_downloads: int | None = None
+    max_concurrent_unpacks: int | None = None
     can_rebase: Callable[[], Awaitable[bool]] | None = None
     stall_timeout: float = 8.0
     sync_fs: bool = True
@@ -110,7 +113,7 @@ async def pull(
                 lease=lease,
                 locks=locks,
                 on_event=on_event,
-                max_concurrent_downloads=options.max_concurrent_downloads,
+                lines=Lines(options.max_concurrent_downloads),
                 stall_timeout=options.stall_timeout,
                 sync_fs=options.sync_fs,
                 statistics=statistics,
@@ -160,22 +163,23 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions
         there = await _bytes_there(job, plan.fetch)
         await options.check_space(need_of(plan.fetch, plan.unpack, there))
     at_once = await _at_once(options, plan) if plain else 1
+    order: Iterable[Descriptor] = plan.fetch
     if at_once > 1:
-        blobs = [layer.descriptor for layer in plan.unpack]
-        look = worth_a_look([blob.size for blob in blobs], at_once)
-        job.looked_at.update(blobs[place].digest for place in look)
-    slots = asyncio.Semaphore(job.max_concurrent_downloads)
+        sizes = [layer.descriptor.size for layer in plan.unpack]
+        look = worth_a_look(sizes, at_once)
+        job.looked_at.update(plan.unpack[place].descriptor.digest for place in look)
+        order = plan.in_order(download_order(sizes, look))
     arrived = {blob.digest: asyncio.Event() for blob in plan.fetch}
     downloaded: set[Digest] = set()
 
     async def fetch(blob: Descriptor) -> None:
-        async with slots:
+        async with job.lines.one():
             if await fetch_blob(job, blob, plan.places(blob.digest)):
                 downloaded.add(blob.digest)
         arrived[blob.digest].set()
 
     async with task_group() as group:
-        for blob in plan.fetch:
+        for blob in order:
             group.create_task(fetch(blob), name=f"fetch {blob.digest}")
         first = len(plan.layers) - len(plan.unpack)
         several = Several(job, first, plain=plain, at_once=at_once)
@@ -212,9 +216,17 @@ async def _present(job: Job, layers: tuple[Layer, ...]) -> tuple[set[ChainID], b
     return set(), True
 
 
+def _processors() -> int:
+    """Return how many processors we may use: containerd, mostly on this machine, has them, too."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 async def _at_once(options: PullOptions, plan: Plan) -> int:
     """Return how many layers may be unpacked at once; containerd is asked if it matters."""
-    most = min(options.max_concurrent_unpacks, len(plan.unpack))
+    wanted = options.max_concurrent_unpacks or unpacks_for(_processors())
+    most = min(wanted, len(plan.unpack))
     if most < 2 or options.can_rebase is None or not await options.can_rebase():
         return 1
     return most

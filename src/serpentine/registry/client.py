@@ -238,11 +238,13 @@ class Repository:
         descriptor: Descriptor,
         *,
         offset: int = 0,
+        end: int | None = None,
         most_skipped: int | None = None,
         avoid: Collection[str] = (),
     ) -> AsyncIterator[BlobStream]:
         """Open a blob from a byte on; its bytes come as they are stored.
 
+        end: where to stop, if before the blob's own end.  Nothing but the bytes between is taken.
         most_skipped: how many bytes before the offset may be read again, if the registry does not
             continue there but begins again; None for all.
         avoid: endpoints to ask only if nobody else has it.
@@ -251,6 +253,8 @@ class Repository:
         to continue.
         """
         headers = {"Range": f"bytes={offset}-"} if offset else {}
+        if end is not None:
+            headers = {"Range": f"bytes={offset}-{end - 1}"}
         failures = _Failures(self)
         with self._named():
             for source in await self._sources(resolve=False, avoid=avoid):
@@ -260,7 +264,7 @@ class Repository:
                         "GET", f"blobs/{descriptor.digest}", headers
                     ) as response:
                         opened = True
-                        yield self._blob(response, source, descriptor, offset, most_skipped)
+                        yield self._blob(response, source, descriptor, offset, end, most_skipped)
                         return
                 except RegistryError as error:
                     if opened:
@@ -282,7 +286,7 @@ class Repository:
             async with own.follow("GET", urls[0], headers, own.host) as response:
                 if response.status not in (200, 206) and not is_empty_range(response, headers):
                     raise await own.error(response)
-                yield self._blob(response, own, descriptor, offset, most_skipped)
+                yield self._blob(response, own, descriptor, offset, end, most_skipped)
 
     def _own(self) -> Source:
         """Return the registry's own endpoint, which comes last."""
@@ -295,12 +299,14 @@ class Repository:
         source: Source,
         descriptor: Descriptor,
         offset: int,
+        end: int | None,
         most_skipped: int | None,
     ) -> BlobStream:
         return BlobStream(
             response,
             descriptor,
             offset,
+            end=end,
             endpoint=source.host,
             image=str(self.reference),
             most_skipped=offset if most_skipped is None else most_skipped,

@@ -56,6 +56,5 @@ class Work:
             lease=self.lease,
             locks=self.locks,
             on_event=self.on_event,
-            max_concurrent_downloads=1,
             sync_fs=True,
         )

@@ -129,7 +129,6 @@ def job_of(store: Store, hosts: Hosts) -> Job:
         lease="l",
         locks=KeyedLock(),
         on_event=lambda _event: None,
-        max_concurrent_downloads=3,
         sync_fs=True,
     )
 

@@ -1,5 +1,6 @@
 """The plan: what to fetch and to unpack, and which entry of an index serves a platform."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,8 +14,10 @@ from serpentine.pull.plan import (
     can_rebase,
     candidates,
     child_labels,
+    download_order,
     list_platforms,
     make_plan,
+    unpacks_for,
     worth_a_look,
 )
 
@@ -173,22 +176,94 @@ def test_what_keeps_one_busy_anyway_is_not_looked_at():
     assert worth_a_look([], 2) == ()
     assert worth_a_look([5], 2) == ()
     assert worth_a_look([5, 5], 2) == (1,)
-    assert worth_a_look([5] * 6, 2) == (1, 3, 5)
+    assert worth_a_look([5] * 6, 2) == (3, 4, 5)
     assert worth_a_look([5] * 6, 4) == (1, 2, 3, 4, 5)
-    assert worth_a_look([5] * 9, 4) == (1, 2, 3, 4, 5, 7, 8)
+    assert worth_a_look([5] * 9, 4) == (2, 3, 4, 5, 6, 7, 8)
     # A large one at the bottom is enough for one.
     assert worth_a_look([50, 5, 5, 5, 5], 2) == (1, 2, 3, 4)
     # A large one above is too much for one that has waited.
-    assert worth_a_look([1, 1, 50, 5, 5], 2) == (2, 4)
+    assert worth_a_look([1, 1, 50, 5, 5], 2) == (2, 3, 4)
 
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(2, 6))
 def test_no_more_goes_in_order_than_one_in_so_many(sizes, at_once):
     chosen = worth_a_look(sizes, at_once)
     assert 0 not in chosen
+    assert chosen == tuple(range(len(sizes) - len(chosen), len(sizes)))
     in_order = sum(size for place, size in enumerate(sizes) if place not in chosen)
     assert in_order * at_once <= max(sum(sizes), sizes[0] * at_once if sizes else 0)
-    assert not sizes or len(sizes) == 1 or chosen[-1] == len(sizes) - 1
+
+
+def test_downloads_begin_from_both_ends():
+    assert download_order([], ()) == ()
+    assert download_order([5, 5, 5], ()) == (0, 1, 2)
+    # The lowest, the largest that may go alone, the next lowest, ...
+    assert download_order([5, 1, 9, 7, 9], (2, 3, 4)) == (0, 2, 1, 4, 3)
+    assert download_order([1, 1, 1, 1], (1, 2, 3)) == (0, 1, 2, 3)
+    assert download_order([9, 1, 1, 50], (1, 2, 3)) == (0, 3, 1, 2)
+
+
+@given(st.lists(st.integers(0, 1000), max_size=30), st.integers(2, 6))
+def test_each_download_is_begun_once(sizes, at_once):
+    order = download_order(sizes, worth_a_look(sizes, at_once))
+    assert sorted(order) == list(range(len(sizes)))
+
+
+def seconds(sizes, order, alone, at_once, link, speed, lines=3):
+    """How long a pull takes, in a simple model: lines share the link, each unpack has a processor.
+
+    Downloads begin in the order; a layer is unpacked when it is there and, unless it may go alone,
+    the one below is done; the lowest that can be is next.
+    """
+    now, waiting, coming, ready, working, done = 0.0, list(order), {}, set(), {}, set()
+    while len(done) < len(sizes):
+        while waiting and len(coming) < lines:
+            place = waiting.pop(0)
+            coming[place] = float(sizes[place])
+        able = sorted(p for p in ready if p in alone or all(q in done for q in range(p)))
+        for place in able[: at_once - len(working)]:
+            ready.remove(place)
+            working[place] = float(sizes[place])
+        rates = [(coming, link / max(1, len(coming))), (working, speed)]
+        step = min(left / rate for some, rate in rates for left in some.values())
+        now += step
+        for some, rate in rates:
+            for place in list(some):
+                some[place] -= rate * step
+                if some[place] <= 1e-6:
+                    del some[place]
+                    (ready if some is coming else done).add(place)
+    return now
+
+
+@pytest.mark.parametrize("link", [0.5, 1, 4, 50])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [115, 111, 112, 206, 237, 200],
+        [30, 5, 5, 5, 5, 5, 5, 200],  # what is usual: the application on top
+        [200, 5, 5, 5, 5],
+        [10] * 20,
+    ],
+)
+def test_the_order_shortens_what_comes_after_the_last_byte(sizes, link):
+    """Not longer than in the order of the chain, and shorter where it can be."""
+    alone = worth_a_look(sizes, 4)
+    chain = seconds(sizes, range(len(sizes)), alone, 4, link, 1)
+    ours = seconds(sizes, download_order(sizes, alone), alone, 4, link, 1)
+    assert ours <= chain * 1.02
+
+
+@pytest.mark.parametrize("link", [0.5, 1, 2])
+def test_a_large_layer_on_top_begins_early(link):
+    sizes = [20] * 12 + [100]
+    alone = worth_a_look(sizes, 4)
+    chain = seconds(sizes, range(len(sizes)), alone, 4, link, 1)
+    assert seconds(sizes, download_order(sizes, alone), alone, 4, link, 1) < 0.95 * chain
+
+
+def test_unpacks_by_processors():
+    assert [unpacks_for(n) for n in (1, 2, 3, 4, 64)] == [1, 4, 6, 8, 8]
 
 
 def test_the_overlay_snapshotter_alone_is_given_layers_without_a_parent():

@@ -69,7 +69,6 @@ async def test_what_cannot_be_removed_in_time_does_not_hide_the_error(monkeypatc
         lease="l",
         locks=KeyedLock(),
         on_event=lambda _event: None,
-        max_concurrent_downloads=3,
         sync_fs=True,
     )
     with pytest.raises(NoSpace):
