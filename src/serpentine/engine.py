@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
@@ -57,9 +58,10 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
     from serpentine.daemon.container import ContainerDaemon
+    from serpentine.model.documents import Descriptor
     from serpentine.pull.lockfile import Lock
     from serpentine.pull.resolve import ResolvedImage
-    from serpentine.registry import RegistryClient, Repository
+    from serpentine.registry import Endpoints, RegistryClient, Repository
     from serpentine.run.network import Network
     from serpentine.run.options import RunOptions
     from serpentine.run.services import Service
@@ -81,6 +83,7 @@ POLICIES = ("always", "missing", "never")
 # Seconds for writing the record of a pull.
 RECORD_TIMEOUT = 2.0
 _PULLS = "pulls"
+_USER_AGENT = f"serpentine/{__version__}"
 # See telemetry.py, which is imported when somebody wants to know.
 _LOGGER = logging.getLogger("serpentine")
 _SNAPSHOTTER_LABEL = "containerd.io/defaults/snapshotter"
@@ -358,7 +361,7 @@ class Engine:
 
         may_ask = policy != "never" and not self.settings.offline
         if may_ask and policy == "always" and pinned is None:
-            return registry()
+            return self._asked(reference, registry)
         from serpentine.pull.source import Pinned, descriptor_of, root_here, what_is_missing
 
         root = descriptor_of(pinned[0]) if pinned is not None else None
@@ -377,6 +380,29 @@ class Engine:
             f"{missing}; no registry is asked ({why})",
             hint=f"when one may be: serpentine pull {reference} --platform {platform.normalized()}",
         )
+
+    def _asked(self, reference: Reference, registry: Callable[[], Repository]) -> Repository:
+        """Return the registry's repository; one that may do without its client if it is near."""
+        if self._registry is not None:
+            return registry()
+        from serpentine.registry.look import is_near
+
+        if not is_near(reference.registry):
+            return registry()
+        from serpentine.pull.source import LookedAt
+
+        async def try_look() -> Descriptor | None:
+            from serpentine.registry.look import look
+            from serpentine.registry.memory import HostMemory
+
+            try:
+                await self.containerd.images.get(str(reference))
+            except NotFound:
+                return None  # there will be more to ask for
+            memory = HostMemory(self._memory_folder)
+            return await look(reference, self._endpoints(), memory, user_agent=_USER_AGENT)
+
+        return cast("Repository", LookedAt(reference, try_look, registry))
 
     def _repository(self, reference: Reference, on_event: OnEvent) -> Repository:
         """Return the registry's repository; offline, one that has nothing."""
@@ -927,20 +953,29 @@ class Engine:
     def _registry_client(self) -> RegistryClient:
         if self._registry is None:
             # Here and not above: what needs no registry does not pay for an HTTP client.
-            from serpentine.registry import CredentialStore, Endpoints, RegistryClient
+            from serpentine.registry import CredentialStore, RegistryClient
 
             self._registry = RegistryClient(
-                endpoints=Endpoints(hosts_folders(self.settings), self.settings.mirrors),
+                endpoints=self._endpoints(),
                 limit_rate=self.settings.limit_rate,
                 connections_per_host=self.settings.max_connections,
                 credentials=CredentialStore.from_environment(),
                 insecure=self.settings.insecure_registries,
-                user_agent=f"serpentine/{__version__}",
-                memory=self.settings.data_dir / "registries",
+                user_agent=_USER_AGENT,
+                memory=self._memory_folder,
                 # A registry may have to fetch a thing itself before it answers.
                 read_timeout=4 * self.settings.stall_timeout,
             )
         return self._registry
+
+    def _endpoints(self) -> Endpoints:
+        from serpentine.registry import Endpoints
+
+        return Endpoints(hosts_folders(self.settings), self.settings.mirrors)
+
+    @property
+    def _memory_folder(self) -> Path:
+        return self.settings.data_dir / "registries"
 
     def __repr__(self) -> str:
         where = self._daemon.endpoint.address if self._containerd and self._daemon else "closed"
