@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 from serpentine._concurrency import KeyedLock, shielded
 from serpentine._version import __version__
 from serpentine.containerd import Containerd, Snapshots, VersionInfo
-from serpentine.daemon.discovery import Daemon, find
+from serpentine.daemon.named import Daemon, find
 from serpentine.errors import (
     DaemonError,
     DaemonUnreachable,
@@ -48,10 +48,8 @@ from serpentine.model.digest import Digest
 from serpentine.model.platform import Platform
 from serpentine.model.reference import Reference
 from serpentine.model.state import ContainerState
-from serpentine.pull.local import LocalImage, find_record, list_images, read_image
 from serpentine.pull.plan import can_rebase
 from serpentine.pull.pull import PullOptions, pull, state_of
-from serpentine.pull.space import Free, Need, judge, size
 from serpentine.settings import Settings, hosts_folders, load
 
 if TYPE_CHECKING:
@@ -59,8 +57,10 @@ if TYPE_CHECKING:
 
     from serpentine.daemon.container import ContainerDaemon
     from serpentine.model.documents import Descriptor
+    from serpentine.pull.local import LocalImage
     from serpentine.pull.lockfile import Lock
     from serpentine.pull.resolve import ResolvedImage
+    from serpentine.pull.space import Need
     from serpentine.registry import Endpoints, RegistryClient, Repository
     from serpentine.run.network import Network
     from serpentine.run.options import RunOptions
@@ -455,6 +455,7 @@ class Engine:
     async def _check_space(self, need: Need, image: Reference, on_event: OnEvent) -> None:
         """Raise NoSpace for what cannot fit onto containerd's disk; tell what may not."""
         from serpentine.daemon.disk import free_inside, free_there
+        from serpentine.pull.space import Free, judge, size
 
         roots = await self.containerd.introspection.roots(await self.snapshotter())
         free = await asyncio.to_thread(free_there, self.daemon.endpoint, roots)
@@ -558,6 +559,8 @@ class Engine:
 
     async def images(self) -> list[LocalImage]:
         """Return the images of the namespace, by name."""
+        from serpentine.pull.local import list_images
+
         return await list_images(self.containerd)
 
     async def inspect(
@@ -573,6 +576,8 @@ class Engine:
 
     async def _read(self, image: str, platform: Platform) -> tuple[ResolvedImage, ContainerState]:
         """Return an image that is here and unpacked; raises NotFound."""
+        from serpentine.pull.local import find_record, read_image
+
         record = await find_record(self.containerd, image)
         found = await read_image(self.containerd, record, platform)
         snapshots = await self._snapshots()
@@ -586,6 +591,8 @@ class Engine:
 
         Layers that other images share stay.  Raises NotFound.
         """
+        from serpentine.pull.local import find_record
+
         record = await find_record(self.containerd, image)
         await self.containerd.images.delete(record.name, sync=True)
         return record.name
@@ -849,6 +856,7 @@ class Engine:
         Damage is no error but a finding.  Raises NotFound for an image that is not there,
         ContainerdError.
         """
+        from serpentine.pull.local import find_record
         from serpentine.upkeep.verify import verify
 
         tell = self._listener(on_event)
