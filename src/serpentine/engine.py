@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
+import msgspec
+
 from serpentine._concurrency import KeyedLock, shielded
 from serpentine._version import __version__
 from serpentine.containerd import Containerd, Snapshots, VersionInfo
@@ -417,13 +419,13 @@ class Engine:
     ) -> ContainerState:
         reference = repository.reference
         restarts = 0
-        options = replace(options, sync_fs=self.settings.sync)
+        options = msgspec.structs.replace(options, sync_fs=self.settings.sync)
         if self.settings.check_space:
 
             async def check(need: Need) -> None:
                 await self._check_space(need, reference, tell)
 
-            options = replace(options, check_space=check)
+            options = msgspec.structs.replace(options, check_space=check)
         gone: Containerd | None = None
         while True:
             client = self.containerd

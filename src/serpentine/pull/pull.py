@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from serpentine._concurrency import KeyedLock, task_group
 from serpentine.containerd import Containerd, Snapshots
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["PullOptions", "pull", "state_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class PullOptions:
+class PullOptions(msgspec.Struct, frozen=True):
     """How to pull.
 
     max_concurrent_downloads: at once.

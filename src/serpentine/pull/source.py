@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from serpentine.containerd import Containerd, Snapshots
 from serpentine.errors import NotFound, PlatformNotFound
@@ -31,8 +32,7 @@ def descriptor_of(digest: Digest) -> Descriptor:
     return Descriptor(digest=digest, size=-1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Resolved:
+class _Resolved(msgspec.Struct, frozen=True):
     """As the registry's client returns it, without importing that."""
 
     descriptor: Descriptor
