@@ -134,6 +134,21 @@ def test_at_its_end_the_collector_has_nothing_to_look_through():
     assert done.stdout.splitlines()[-1] == "True"
 
 
+def test_the_collector_is_off_for_imports_only():
+    code = (
+        "import atexit, gc\n"
+        "from serpentine.cli import _common\n"
+        "from serpentine.cli.main import main\n"
+        "async def work(): return gc.isenabled()\n"
+        "atexit.register(lambda: print(gc.isenabled(), _common.run(work)))\n"
+        "main(['version'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.splitlines()[-1] == "False True"
+
+
 def test_every_public_name_is_there():
     for name in serpentine.__all__:
         assert getattr(serpentine, name) is not None
