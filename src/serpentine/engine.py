@@ -11,13 +11,16 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
+
+import msgspec
 
 from serpentine._concurrency import KeyedLock, shielded
 from serpentine._version import __version__
 from serpentine.containerd import Containerd, Snapshots, VersionInfo
-from serpentine.daemon.discovery import Daemon, find
+from serpentine.daemon.named import Daemon, find
 from serpentine.errors import (
     DaemonError,
     DaemonUnreachable,
@@ -47,19 +50,20 @@ from serpentine.model.digest import Digest
 from serpentine.model.platform import Platform
 from serpentine.model.reference import Reference
 from serpentine.model.state import ContainerState
-from serpentine.pull.local import LocalImage, find_record, list_images, read_image
 from serpentine.pull.plan import can_rebase
 from serpentine.pull.pull import PullOptions, pull, state_of
-from serpentine.pull.space import Free, Need, judge, size
 from serpentine.settings import Settings, hosts_folders, load
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
     from serpentine.daemon.container import ContainerDaemon
+    from serpentine.model.documents import Descriptor
+    from serpentine.pull.local import LocalImage
     from serpentine.pull.lockfile import Lock
     from serpentine.pull.resolve import ResolvedImage
-    from serpentine.registry import RegistryClient, Repository
+    from serpentine.pull.space import Need
+    from serpentine.registry import Endpoints, RegistryClient, Repository
     from serpentine.run.network import Network
     from serpentine.run.options import RunOptions
     from serpentine.run.services import Service
@@ -81,6 +85,7 @@ POLICIES = ("always", "missing", "never")
 # Seconds for writing the record of a pull.
 RECORD_TIMEOUT = 2.0
 _PULLS = "pulls"
+_USER_AGENT = f"serpentine/{__version__}"
 # See telemetry.py, which is imported when somebody wants to know.
 _LOGGER = logging.getLogger("serpentine")
 _SNAPSHOTTER_LABEL = "containerd.io/defaults/snapshotter"
@@ -358,7 +363,7 @@ class Engine:
 
         may_ask = policy != "never" and not self.settings.offline
         if may_ask and policy == "always" and pinned is None:
-            return registry()
+            return self._asked(reference, registry)
         from serpentine.pull.source import Pinned, descriptor_of, root_here, what_is_missing
 
         root = descriptor_of(pinned[0]) if pinned is not None else None
@@ -378,6 +383,29 @@ class Engine:
             hint=f"when one may be: serpentine pull {reference} --platform {platform.normalized()}",
         )
 
+    def _asked(self, reference: Reference, registry: Callable[[], Repository]) -> Repository:
+        """Return the registry's repository; one that may do without its client if it is near."""
+        if self._registry is not None:
+            return registry()
+        from serpentine.registry.look import is_near
+
+        if not is_near(reference.registry):
+            return registry()
+        from serpentine.pull.source import LookedAt
+
+        async def try_look() -> Descriptor | None:
+            from serpentine.registry.look import look
+            from serpentine.registry.memory import HostMemory
+
+            try:
+                await self.containerd.images.get(str(reference))
+            except NotFound:
+                return None  # there will be more to ask for
+            memory = HostMemory(self._memory_folder)
+            return await look(reference, self._endpoints(), memory, user_agent=_USER_AGENT)
+
+        return cast("Repository", LookedAt(reference, try_look, registry))
+
     def _repository(self, reference: Reference, on_event: OnEvent) -> Repository:
         """Return the registry's repository; offline, one that has nothing."""
         if self.settings.offline:
@@ -391,13 +419,13 @@ class Engine:
     ) -> ContainerState:
         reference = repository.reference
         restarts = 0
-        options = replace(options, sync_fs=self.settings.sync)
+        options = msgspec.structs.replace(options, sync_fs=self.settings.sync)
         if self.settings.check_space:
 
             async def check(need: Need) -> None:
                 await self._check_space(need, reference, tell)
 
-            options = replace(options, check_space=check)
+            options = msgspec.structs.replace(options, check_space=check)
         gone: Containerd | None = None
         while True:
             client = self.containerd
@@ -429,6 +457,7 @@ class Engine:
     async def _check_space(self, need: Need, image: Reference, on_event: OnEvent) -> None:
         """Raise NoSpace for what cannot fit onto containerd's disk; tell what may not."""
         from serpentine.daemon.disk import free_inside, free_there
+        from serpentine.pull.space import Free, judge, size
 
         roots = await self.containerd.introspection.roots(await self.snapshotter())
         free = await asyncio.to_thread(free_there, self.daemon.endpoint, roots)
@@ -532,6 +561,8 @@ class Engine:
 
     async def images(self) -> list[LocalImage]:
         """Return the images of the namespace, by name."""
+        from serpentine.pull.local import list_images
+
         return await list_images(self.containerd)
 
     async def inspect(
@@ -547,6 +578,8 @@ class Engine:
 
     async def _read(self, image: str, platform: Platform) -> tuple[ResolvedImage, ContainerState]:
         """Return an image that is here and unpacked; raises NotFound."""
+        from serpentine.pull.local import find_record, read_image
+
         record = await find_record(self.containerd, image)
         found = await read_image(self.containerd, record, platform)
         snapshots = await self._snapshots()
@@ -560,6 +593,8 @@ class Engine:
 
         Layers that other images share stay.  Raises NotFound.
         """
+        from serpentine.pull.local import find_record
+
         record = await find_record(self.containerd, image)
         await self.containerd.images.delete(record.name, sync=True)
         return record.name
@@ -823,6 +858,7 @@ class Engine:
         Damage is no error but a finding.  Raises NotFound for an image that is not there,
         ContainerdError.
         """
+        from serpentine.pull.local import find_record
         from serpentine.upkeep.verify import verify
 
         tell = self._listener(on_event)
@@ -927,20 +963,29 @@ class Engine:
     def _registry_client(self) -> RegistryClient:
         if self._registry is None:
             # Here and not above: what needs no registry does not pay for an HTTP client.
-            from serpentine.registry import CredentialStore, Endpoints, RegistryClient
+            from serpentine.registry import CredentialStore, RegistryClient
 
             self._registry = RegistryClient(
-                endpoints=Endpoints(hosts_folders(self.settings), self.settings.mirrors),
+                endpoints=self._endpoints(),
                 limit_rate=self.settings.limit_rate,
                 connections_per_host=self.settings.max_connections,
                 credentials=CredentialStore.from_environment(),
                 insecure=self.settings.insecure_registries,
-                user_agent=f"serpentine/{__version__}",
-                memory=self.settings.data_dir / "registries",
+                user_agent=_USER_AGENT,
+                memory=self._memory_folder,
                 # A registry may have to fetch a thing itself before it answers.
                 read_timeout=4 * self.settings.stall_timeout,
             )
         return self._registry
+
+    def _endpoints(self) -> Endpoints:
+        from serpentine.registry import Endpoints
+
+        return Endpoints(hosts_folders(self.settings), self.settings.mirrors)
+
+    @property
+    def _memory_folder(self) -> Path:
+        return self.settings.data_dir / "registries"
 
     def __repr__(self) -> str:
         where = self._daemon.endpoint.address if self._containerd and self._daemon else "closed"

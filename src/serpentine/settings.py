@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -256,6 +255,9 @@ def _read_config(path: Path, *, required: bool) -> dict[str, Any]:
         raise InvalidSetting(
             f"cannot read the configuration file {path}: {error}", hint="mend its permissions"
         ) from None
+    # Most users have no such file, and need no reader of it.
+    import tomllib
+
     try:
         config = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -49,7 +49,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def run_as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
     # Everything is imported first: nobody may not be allowed to read where Python lies.
     code = (
-        "import os, sys, serpentine.engine, serpentine.cli.pull, serpentine.cli.main as m\n"
+        "import os, sys, serpentine.daemon.discovery, serpentine.cli.pull\n"
+        "import serpentine.cli.main as m\n"
         "import platformdirs.unix\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         f"sys.exit(m._run({list(arguments)!r}))"

@@ -33,6 +33,7 @@ from tests.support.images import (
     sha256,
     whiteout,
 )
+from tests.support.servers import Recording
 
 
 def three_layers(name: str, **more):
@@ -457,3 +458,37 @@ def test_the_command_line(command, registry):
     assert command("inspect", reference, "--json").json["image"] == exact
     assert command("rmi", reference, "--json").json == {"removed": [reference]}
     assert command("images", "-q").out == ""
+
+
+def test_a_warm_pull_from_the_shell_is_one_head_and_no_client(containerd, registry, namespace):
+    reference = push(registry, "pull/warm", "1", three_layers("warm"))
+    heavy = {"aiohttp", "serpentine.pull.fetch", "serpentine.registry.client", "tarfile"}
+    program = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr))\n"
+        "from serpentine.cli.main import main\n"
+        f"main(['pull', '-q', '--json', {reference!r}])"
+    )
+    environ = {**os.environ, **containerd.environ, "CONTAINERD_NAMESPACE": namespace}
+
+    def pull():
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=50
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["stats"], done.stderr.splitlines()[-1]
+
+    _, imported = pull()
+    # (Through Envoy, our container's module packs files.)
+    assert imported.replace(", 'tarfile'", "") == str(sorted(heavy - {"tarfile"}))
+    with Recording(registry) as seen:
+        stats, imported = pull()
+    assert (stats["registry_requests"], stats["bytes_downloaded"]) == (1, 0)
+    assert seen.requests == [("HEAD", "/v2/pull/warm/manifests/1", 200)]
+    assert imported == "[]"
+    # The tag moves: that is seen, and what is new is fetched.
+    moved = three_layers("moved")
+    push(registry, "pull/warm", "1", moved)
+    stats, imported = pull()
+    assert stats["bytes_downloaded"] > 0
+    assert imported != "[]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import signal
 from collections.abc import Callable, Coroutine
@@ -56,6 +57,8 @@ def open_engine(settings: Settings, on_event: OnEvent = ignore) -> Engine:
 
 def run(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     """Run a command's coroutine; Ctrl-C and SIGTERM cancel it, and it cleans up."""
+    # Off until here, where all that is always needed is imported: see main().
+    gc.enable()
     terminated = False
 
     async def main() -> _T:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from functools import cached_property
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from google.protobuf.empty_pb2 import Empty
 
 from serpentine.containerd._proto import version_pb2
 from serpentine.containerd.channel import Channel, unreachable
-from serpentine.containerd.containers import Containers
 from serpentine.containerd.content import Content
-from serpentine.containerd.diff import Diff
 from serpentine.containerd.endpoint import Endpoint
 from serpentine.containerd.images import Images
 from serpentine.containerd.introspection import Introspection
 from serpentine.containerd.leases import Leases
 from serpentine.containerd.namespaces import Namespaces
 from serpentine.containerd.snapshots import Snapshots
-from serpentine.containerd.tasks import Tasks
 from serpentine.containerd.types import VersionInfo
 from serpentine.errors import (
     ContainerdError,
@@ -32,6 +30,11 @@ from serpentine.errors import (
     PermissionDenied,
     Unavailable,
 )
+
+if TYPE_CHECKING:
+    from serpentine.containerd.containers import Containers
+    from serpentine.containerd.diff import Diff
+    from serpentine.containerd.tasks import Tasks
 
 __all__ = ["PROXY_ALONE", "Containerd"]
 
@@ -68,13 +71,32 @@ class Containerd:
         self.namespace = namespace
         self._channel = Channel(endpoint, namespace)
         self.content = Content(self._channel)
-        self.diff = Diff(self._channel)
         self.leases = Leases(self._channel)
         self.images = Images(self._channel)
         self.namespaces = Namespaces(self._channel)
-        self.containers = Containers(self._channel)
-        self.tasks = Tasks(self._channel)
         self.introspection = Introspection(self._channel)
+
+    # Not needed to find that all is there: their messages are imported when they are.
+    @cached_property
+    def diff(self) -> Diff:
+        """The service that unpacks and compares."""
+        from serpentine.containerd.diff import Diff
+
+        return Diff(self._channel)
+
+    @cached_property
+    def containers(self) -> Containers:
+        """The records of containers."""
+        from serpentine.containerd.containers import Containers
+
+        return Containers(self._channel)
+
+    @cached_property
+    def tasks(self) -> Tasks:
+        """The processes of containers."""
+        from serpentine.containerd.tasks import Tasks
+
+        return Tasks(self._channel)
 
     async def __aenter__(self) -> Self:
         return self

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serpentine.containerd import Endpoint
 from serpentine.daemon.candidates import (
     Candidate,
     docker_candidates,
@@ -23,11 +22,12 @@ from serpentine.daemon.candidates import (
 )
 from serpentine.daemon.container import ContainerDaemon
 from serpentine.daemon.embedded import Embedded
+from serpentine.daemon.named import Daemon, find
 from serpentine.errors import DaemonError, DaemonNotFound, DaemonUnreachable
 from serpentine.events import OnEvent
 from serpentine.settings import Settings
 
-__all__ = ["Daemon", "Host", "Option", "existing", "find", "look_around", "options"]
+__all__ = ["Daemon", "Host", "Option", "existing", "find", "find_ours", "look_around", "options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +67,6 @@ class Option:
     kind: str
     candidate: Candidate | None = None
     problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Daemon:
-    """A containerd that can be talked to.
-
-    kind: ``address``, ``docker``, ``podman`` or ``embedded``.
-    reason: why it is this one, in words for people.
-    transport: ``socket`` or ``envoy``.
-    container: where it is, if that is a container of ours.
-    """
-
-    kind: str
-    reason: str
-    endpoint: Endpoint
-    transport: str = "socket"
-    container: ContainerDaemon | None = None
 
 
 def options(settings: Settings, host: Host, *, machine: str | None = None) -> list[Option]:
@@ -139,16 +122,8 @@ def _embedded_problem(settings: Settings, host: Host) -> str | None:
     return f"{' and '.join(missing)} not found" if missing else None
 
 
-async def find(settings: Settings, *, on_event: OnEvent, start: bool = True) -> Daemon | None:
-    """Return the containerd to use; brings one up if need be and if ``start`` allows it.
-
-    Returns None only when ``start`` is false and none of ours runs.  Somebody else's is not
-    contacted here.  Raises DaemonNotFound, naming all that was tried, and DaemonFailed.
-    """
-    if settings.address:
-        source = settings.sources.get("address", "argument")
-        reason = "an address was given" if source == "argument" else f"{source} names it"
-        return Daemon("address", reason, Endpoint.parse(settings.address))
+async def find_ours(settings: Settings, *, on_event: OnEvent, start: bool) -> Daemon | None:
+    """Return the containerd of ours to use, as ``find`` does."""
     if (daemon := await _running(settings)) is not None:
         return daemon
     return await _bring_up(settings, on_event) if start else None

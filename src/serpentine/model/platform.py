@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from serpentine.errors import InvalidPlatform
 
@@ -40,8 +41,7 @@ _ARM64_LEVELS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Platform:
+class Platform(msgspec.Struct, frozen=True):
     """An operating system, an architecture and, where it matters, a variant of it.
 
     ``str()`` gives ``os/arch[/variant]``.  Compare ``normalized()`` forms: ``linux/arm64`` and

@@ -7,8 +7,9 @@ containerd and Podman share; the tests hold this module against an independent p
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from typing import Self
+
+import msgspec
 
 from serpentine.errors import InvalidDigest, InvalidReference
 from serpentine.model.digest import Digest
@@ -28,8 +29,7 @@ _BARE_HEX = re.compile(r"[0-9a-f]{64}")
 _MAX_NAME = 255
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(msgspec.Struct, frozen=True):
     """Where an image is: registry, repository, and a tag or a digest or both.
 
     Immutable and fully spelled out: ``alpine`` becomes ``docker.io/library/alpine:latest``.
@@ -122,7 +122,7 @@ class Reference:
 
     def with_digest(self, digest: Digest) -> Self:
         """Return ``name@digest``: this repository's document with that digest."""
-        return replace(self, tag=None, digest=digest)
+        return type(self)(self.registry, self.repository, digest=digest)
 
     def _suffix(self) -> str:
         tag = f":{self.tag}" if self.tag else ""

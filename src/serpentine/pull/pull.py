@@ -6,8 +6,9 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from serpentine._concurrency import KeyedLock, task_group
 from serpentine.containerd import Containerd, Snapshots
@@ -23,24 +24,21 @@ from serpentine.model.digest import ChainID, Digest
 from serpentine.model.documents import Descriptor, Layer
 from serpentine.model.platform import Platform
 from serpentine.model.state import ContainerState
-from serpentine.pull.fetch import blob_ref, fetch_blob
-from serpentine.pull.job import Job, Statistics
 from serpentine.pull.leases import forget_earlier, leased
-from serpentine.pull.lines import Lines
 from serpentine.pull.plan import Plan, download_order, make_plan, unpacks_for, worth_a_look
 from serpentine.pull.record import is_recorded, record_image
 from serpentine.pull.resolve import ResolvedImage, resolve
-from serpentine.pull.space import Need, need_of
-from serpentine.pull.unpack import Several, is_plain, lease_snapshot
 
+# What fetches and unpacks is imported where there is something to fetch or unpack.
 if TYPE_CHECKING:
+    from serpentine.pull.job import Job
+    from serpentine.pull.space import Need
     from serpentine.registry import Repository
 
 __all__ = ["PullOptions", "pull", "state_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class PullOptions:
+class PullOptions(msgspec.Struct, frozen=True):
     """How to pull.
 
     max_concurrent_downloads: at once, parts of large ones included; None for as many as bring more.
@@ -93,12 +91,16 @@ async def pull(
             index_digest=image.index_digest,
         )
     )
-    statistics = Statistics(layers_total=len(image.layers), layers_reused=len(image.layers))
+    downloaded, reused = 0, len(image.layers)
     if await is_recorded(containerd, snapshots.name, name, image):
         everything = {layer.chain_id for layer in image.layers}
         plan = make_plan(image.layers, everything)
         on_event(PullPlanned(image=name, layers=plan.for_display()))
     else:
+        from serpentine.pull.job import Job, Statistics
+        from serpentine.pull.lines import Lines
+
+        statistics = Statistics(layers_total=len(image.layers), layers_reused=reused)
         job: Job | None = None
 
         def keep(error: BaseException) -> bool:
@@ -119,15 +121,16 @@ async def pull(
                 statistics=statistics,
             )
             await _fetch_and_unpack(job, image, options)
+        downloaded, reused = statistics.bytes_downloaded, statistics.layers_reused
     await forget_earlier(containerd, name, platform)
     state = state_of(image, reference.name, snapshots.name)
     on_event(
         PullFinished(
             image=state.image or name,
             snapshot_key=state.snapshot_key,
-            bytes_downloaded=statistics.bytes_downloaded + documents.fetched,
-            layers_total=statistics.layers_total,
-            layers_reused=statistics.layers_reused,
+            bytes_downloaded=downloaded + documents.fetched,
+            layers_total=len(image.layers),
+            layers_reused=reused,
             registry_requests=repository.requests,
             seconds=time.monotonic() - started,
         )
@@ -156,6 +159,10 @@ def _worth_keeping(job: Job, error: BaseException) -> bool:
 
 
 async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions) -> None:
+    from serpentine.pull.fetch import fetch_blob
+    from serpentine.pull.space import need_of
+    from serpentine.pull.unpack import Several
+
     present, plain = await _present(job, image.layers)
     plan = make_plan(image.layers, present)
     job.on_event(PullPlanned(image=job.image, layers=plan.for_display()))
@@ -194,6 +201,8 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions
 
 async def _bytes_there(job: Job, blobs: Iterable[Descriptor]) -> dict[Digest, int]:
     """Return how much of each blob is there, complete or begun."""
+    from serpentine.pull.fetch import blob_ref
+
     sizes = {blob.digest: blob.size for blob in blobs}
     if not sizes:
         return {}
@@ -209,6 +218,8 @@ async def _present(job: Job, layers: tuple[Layer, ...]) -> tuple[set[ChainID], b
 
     Also tells whether its root directory is known to be as containerd makes it.
     """
+    from serpentine.pull.unpack import is_plain, lease_snapshot
+
     for layer in reversed(layers):
         found = await lease_snapshot(job, layer.chain_id)
         if found is not None:

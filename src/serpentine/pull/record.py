@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from serpentine.containerd import Containerd, ImageRecord
 from serpentine.errors import NotFound
 from serpentine.model.digest import ChainID
 from serpentine.model.documents import Descriptor
-from serpentine.pull.fetch import source_labels
-from serpentine.pull.job import Job
 from serpentine.pull.plan import child_labels
 from serpentine.pull.resolve import Document, ResolvedImage
+
+if TYPE_CHECKING:
+    from serpentine.pull.job import Job
 
 __all__ = ["is_recorded", "labelled_documents", "record_image", "snapshot_label"]
 
@@ -41,6 +43,9 @@ async def record_image(job: Job, image: ResolvedImage, top: ChainID | None) -> N
     A parent's labels keep its children from the collector, so they come with the parent and
     after the children (trap 16); until the record stands, the lease keeps everything.
     """
+    # Here and not above: what finds that all is recorded fetches nothing.
+    from serpentine.pull.fetch import source_labels
+
     for kind, document, labels in labelled_documents(image, top, job.snapshots.name):
         await job.containerd.content.write_blob(
             document.data,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from serpentine.containerd import Content
 from serpentine.errors import (
@@ -43,8 +44,7 @@ MAX_LOCAL_DOCUMENT = 8 * 1024 * 1024
 Fetch = Callable[[Descriptor, str], Awaitable[bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """A document with its exact bytes, and its place in the index that led to it."""
 
     descriptor: Descriptor
@@ -57,8 +57,7 @@ class Document:
         return self.descriptor.digest
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedImage:
+class ResolvedImage(msgspec.Struct, frozen=True):
     """One platform's image: every document verified, nothing of its layers fetched yet.
 
     ``indexes`` leads from the document that the reference names down to the manifest, and is

@@ -1,11 +1,15 @@
-"""A pull that need not ask what a reference means: it is pinned, or only what is here counts."""
+"""What a pull gets an image from where the registry's client may not be needed.
+
+The reference is pinned, or only what is here counts, or one look shows that its tag has not moved.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from serpentine.containerd import Containerd, Snapshots
 from serpentine.errors import NotFound, PlatformNotFound
@@ -16,9 +20,9 @@ from serpentine.model.reference import Reference
 from serpentine.pull.resolve import Documents, find_image
 
 if TYPE_CHECKING:
-    from serpentine.registry import BlobStream, Repository
+    from serpentine.registry import BlobStream, Repository, Resolved
 
-__all__ = ["Pinned", "descriptor_of", "root_here", "what_is_missing"]
+__all__ = ["LookedAt", "Pinned", "descriptor_of", "root_here", "what_is_missing"]
 
 _SHOWN = 3
 
@@ -28,8 +32,7 @@ def descriptor_of(digest: Digest) -> Descriptor:
     return Descriptor(digest=digest, size=-1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Resolved:
+class _Resolved(msgspec.Struct, frozen=True):
     """As the registry's client returns it, without importing that."""
 
     descriptor: Descriptor
@@ -60,7 +63,7 @@ class Pinned:
         """How many requests it took."""
         return self._opened.requests if self._opened is not None else 0
 
-    async def resolve(self) -> _Resolved:
+    async def resolve(self) -> _Resolved | Resolved:
         """Return what the reference means."""
         if self._root is None:
             raise self._refusal(str(self.reference))
@@ -84,9 +87,12 @@ class Pinned:
         return getattr(self._opened, name)
 
     def _repository(self, descriptor: Descriptor) -> Repository:
-        if self._open is None:
-            raise self._refusal(f"{descriptor.digest} of {self.reference}")
+        return self._client(f"{descriptor.digest} of {self.reference}")
+
+    def _client(self, what: str = "") -> Repository:
         if self._opened is None:
+            if self._open is None:
+                raise self._refusal(what)
             self._opened = self._open()
         return self._opened
 
@@ -95,6 +101,36 @@ class Pinned:
             f"{what} is not here; no registry is asked",
             hint=f"when one may be: serpentine pull {self.reference}",
         )
+
+
+class LookedAt(Pinned):
+    """Takes the place of a repository, for a reference that most likely means what it did.
+
+    look: asks the registry what it means, and returns None where that takes its client.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        look: Callable[[], Awaitable[Descriptor | None]],
+        registry: Callable[[], Repository],
+    ) -> None:
+        super().__init__(reference, None, registry)
+        self._look = look
+        self._looks = 0
+
+    @property
+    def requests(self) -> int:
+        """How many requests it took."""
+        return self._looks + super().requests
+
+    async def resolve(self) -> _Resolved | Resolved:
+        """Return what the reference means now."""
+        found = await self._look()
+        if found is None:
+            return await self._client().resolve()
+        self._looks += 1
+        return _Resolved(found)
 
 
 async def root_here(containerd: Containerd, reference: Reference) -> Descriptor:

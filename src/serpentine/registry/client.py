@@ -30,8 +30,9 @@ from serpentine.errors import (
 )
 from serpentine.events import OnEvent, Retrying, ignore
 from serpentine.model.digest import Digest
-from serpentine.model.documents import INDEX_TYPES, MANIFEST_TYPES, SCHEMA1_TYPES, Descriptor
+from serpentine.model.documents import Descriptor
 from serpentine.model.reference import Reference
+from serpentine.registry.accept import ACCEPT, MAX_DOCUMENT
 from serpentine.registry.auth import Authenticator
 from serpentine.registry.blobs import BlobStream
 from serpentine.registry.credentials import CredentialStore
@@ -44,23 +45,12 @@ from serpentine.registry.transport import READ_TIMEOUT, Response, Transport
 
 __all__ = ["RegistryClient", "Repository", "Resolved"]
 
-# What other engines take, too: containerd's limit is 4.4 MB.
-MAX_DOCUMENT = 4 * 1024 * 1024
 # Seconds before a document whose body broke off is asked for again.
 BODY_DELAYS = (0.25, 1.0)
 
 _T = TypeVar("_T")
 # Statuses by which registries, or what stands before them, refuse HEAD alone (trap 36).
 _HEAD_REFUSED = frozenset({400, 403, 405, 501})
-
-_ACCEPT = ", ".join(
-    [
-        *sorted(MANIFEST_TYPES | INDEX_TYPES),
-        # Only so that a registry does not convert it, and we can say what is wrong with it.
-        *(f"{kind};q=0.1" for kind in sorted(SCHEMA1_TYPES)),
-        "*/*;q=0.01",
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +175,7 @@ class Repository:
     async def _resolve(self, source: Source, before: int) -> Resolved:
         path = f"manifests/{self.reference.object}"
         try:
-            async with source.request("HEAD", path, {"Accept": _ACCEPT}, before=before) as response:
+            async with source.request("HEAD", path, {"Accept": ACCEPT}, before=before) as response:
                 descriptor = self._described(response)
         except RegistryError as error:
             if error.status not in _HEAD_REFUSED:
@@ -193,7 +183,7 @@ class Repository:
             descriptor = None
         if descriptor is not None:
             return Resolved(descriptor)
-        async with source.request("GET", path, {"Accept": _ACCEPT}, before=before) as response:
+        async with source.request("GET", path, {"Accept": ACCEPT}, before=before) as response:
             body = await self._read_document(response, None)
             media_type = _media_type(response)
             named = self._header_digest(response)
@@ -215,7 +205,7 @@ class Repository:
             raise self._too_large(descriptor.digest, self.host)
 
         async def fetch(source: Source, before: int) -> bytes:
-            headers = {"Accept": _ACCEPT} if kind == "manifests" else {}
+            headers = {"Accept": ACCEPT} if kind == "manifests" else {}
             path = f"{kind}/{descriptor.digest}"
             async with source.request("GET", path, headers, before=before) as response:
                 body = await self._read_document(response, descriptor)

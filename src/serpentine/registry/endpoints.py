@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import ssl
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,6 +155,8 @@ def parse_hosts(data: bytes, registry: str, source: str) -> tuple[Endpoint, ...]
 
     Raises InvalidSetting, naming ``source``, for what is none.
     """
+    import tomllib
+
     try:
         document = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-import urllib.request
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -144,6 +143,9 @@ def proxy_for(url: str) -> str | None:
 
     Raises InvalidSetting for what is no HTTP proxy.
     """
+    # Here and not above: it brings a whole HTTP client of its own.
+    import urllib.request
+
     parts = urlsplit(url)
     proxies = urllib.request.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")

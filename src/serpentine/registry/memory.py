@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -34,8 +33,7 @@ class _Noted(msgspec.Struct):
     why: str = ""
 
 
-@dataclass(slots=True)
-class _Known:
+class _Known(msgspec.Struct):
     noted: _Noted
     stamp: tuple[int, int] | None = None
 

@@ -79,6 +79,76 @@ def test_start_up_imports_only_what_the_command_needs():
         assert done.stderr.splitlines()[-1] == "[]"
 
 
+# What a pull of an image that is all here has no need of, from a registry on loopback.
+NOT_FOR_A_WARM_PULL = {
+    "aiohttp",
+    "aiodocker",
+    "cryptography",
+    "http.client",
+    "isal",
+    "pathspec",
+    "rich",
+    "serpentine.containerd.containers",
+    "serpentine.containerd.diff",
+    "serpentine.containerd.tasks",
+    "serpentine.daemon.container",
+    "serpentine.daemon.discovery",
+    "serpentine.daemon.embedded",
+    "serpentine.pull.fetch",
+    "serpentine.pull.job",
+    "serpentine.pull.local",
+    "serpentine.pull.space",
+    "serpentine.pull.unpack",
+    "serpentine.registry.client",
+    "serpentine.registry.transport",
+    "serpentine.run",
+    "serpentine.telemetry",
+    "serpentine.upkeep",
+    "statistics",
+    "tarfile",
+    "tomllib",
+    "urllib.request",
+    "yarl",
+}
+
+
+def test_a_warm_pull_imports_no_client_and_nothing_that_fetches():
+    modules = "serpentine.cli.pull, serpentine.pull.source, serpentine.registry.look"
+    code = f"import sys, {modules}\nprint(sorted({NOT_FOR_A_WARM_PULL!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_at_its_end_the_collector_has_nothing_to_look_through():
+    code = (
+        "import atexit, gc\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > gc.get_count()[0]))\n"
+        "from serpentine.cli.main import main\n"
+        "main(['version'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.splitlines()[-1] == "True"
+
+
+def test_the_collector_is_off_for_imports_only():
+    code = (
+        "import atexit, gc\n"
+        "from serpentine.cli import _common\n"
+        "from serpentine.cli.main import main\n"
+        "async def work(): return gc.isenabled()\n"
+        "atexit.register(lambda: print(gc.isenabled(), _common.run(work)))\n"
+        "main(['version'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.splitlines()[-1] == "False True"
+
+
 def test_every_public_name_is_there():
     for name in serpentine.__all__:
         assert getattr(serpentine, name) is not None
