@@ -171,7 +171,7 @@ def lines(cases: Sequence[Case]) -> Iterable[str]:
     for image in ("forty", "files"):
         if (case := find(cases, image)) and (peer := best_peer(case)):
             yield f"The best peer of {image}: {peer}."
-    names = dict.fromkeys(name for case in cases for name in case["runs"])
+    names = [*dict.fromkeys(name for case in cases for name in case["runs"] if "warm" not in name)]
     slopes = {name: found for name in names if (found := per_layer(cases, name))}
     if slopes:
         yield ""

@@ -92,6 +92,10 @@ class Ctr(OnContainerd):
 class CtrLocal(Ctr):
     """What 1.6 does, with a newer one: the client downloads."""
 
+    def __init__(self, server: ContainerdServer) -> None:
+        super().__init__(server, "local")
+        self.warm = True
+
     @property
     def options(self) -> list[str]:
         return ["--local"]
@@ -258,7 +262,7 @@ def start(stack: ExitStack, binary: Path, wanted: tuple[str, ...]) -> list[Tool]
     if "ctr" in wanted:
         tools.append(Ctr(server))
     if "ctr, local" in wanted and newer:
-        tools.append(CtrLocal(server, "local"))
+        tools.append(CtrLocal(server))
     for name, setting in (("4 unpacks", UNPACKS), ("ranges", RANGES)):
         if f"ctr, {name}" in wanted and newer:
             tools.append(Ctr(stack.enter_context(Configured(binary, setting)), name))
