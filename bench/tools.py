@@ -231,7 +231,8 @@ class BuildKit(Tool):
     def command(self, reference: str) -> list[str]:
         (self._folder / "Dockerfile").write_text(f"FROM {reference}\nWORKDIR /bench\n")
         build = ["build", "--progress=plain", "--frontend=dockerfile.v0"]
-        return [*self._client, *build, f"--local=dockerfile={self._folder}"]
+        folders = [f"--local={name}={self._folder}" for name in ("dockerfile", "context")]
+        return [*self._client, *build, *folders]
 
     def forget(self, reference: str) -> None:
         subprocess.run([*self._client, "prune", "--all"], check=True, capture_output=True)
