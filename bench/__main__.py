@@ -26,10 +26,10 @@ from typing import Any
 from bench.cases import DECOMPRESSORS, LINKS, TOOLS, choose
 from bench.daemon import measure as measure_daemon
 from bench.goals import as_data, lines
-from bench.images import IMAGES, six_layers
+from bench.images import CACHE, IMAGES, six_layers
 from bench.pull import measure_pulls, push
 from bench.run import measure as measure_steps
-from bench.tools import left_out, missing
+from bench.tools import left_out, missing, versions
 from tests.support.servers import RegistryServer
 
 
@@ -47,19 +47,25 @@ def main() -> None:
     ):
         parser.add_argument(name, choices=choices, action="append", help="only this; repeatable")
     parser.add_argument("--containerd", default="", help="only the version that begins like this")
-    parser.add_argument("--json", type=Path, help="also write the figures into this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=CACHE / "figures.json",
+        help="write the figures into this file (without it: .cache/bench/figures.json)",
+    )
     arguments = parser.parse_args()
     kept: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": platform.platform(),
         "cores": os.cpu_count(),
         "rounds": arguments.rounds,
+        "versions": versions(),
     }
 
     def save() -> None:
         # After each case: all of it takes long, and may be ended before.
-        if arguments.json:
-            arguments.json.write_text(json.dumps(kept, indent=1))
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(kept, indent=1))
 
     if arguments.what in ("run", "all"):
         with RegistryServer() as registry:

@@ -248,6 +248,18 @@ def buildkit_programs() -> Path | None:
     return made[-1].parent if made else None
 
 
+def versions() -> dict[str, str]:
+    """Return what the programs that have no containerd of ours say of themselves."""
+    found = {"python": sys.version.split()[0]}
+    programs = [shutil.which("dockerd"), shutil.which("podman")]
+    if folder := buildkit_programs():
+        programs.append(str(folder / "buildkitd"))
+    for program in filter(None, programs):
+        done = subprocess.run([program, "--version"], check=True, capture_output=True, text=True)
+        found[Path(program).name] = done.stdout.strip()
+    return found
+
+
 def parallel(version: str) -> bool:
     """Return whether this containerd can unpack several layers at once."""
     return tuple(int(part) for part in version.split(".")[:2]) >= (2, 2)
