@@ -51,6 +51,8 @@ chaos: $(VENV)/stamp
 
 bench: $(VENV)/stamp
 	scripts/setup-tests
+	scripts/need igzip:isal zstd:zstd
+	scripts/buildkit
 	PYTHONPATH=. $(BIN)/python -m bench $(ARGS)
 
 clean:

@@ -1,12 +1,15 @@
 """What takes time, beside what you would use instead, in one run.
 
-    make bench                                       everything (an hour or so)
+    make bench                                       all that the goals need (see bench/cases.py)
+    make bench ARGS="--what pull"                    pulls only
     make bench ARGS="--what pull --image six"        one image; may be given several times
-    make bench ARGS="--what pull --link far"         through a link that is shaped, too
+    make bench ARGS="--what pull --image one --link far --decompressor igzip"     exactly that
+    make bench ARGS="--what pull --tool ctr --tool podman"      only these beside ours
     make bench ARGS="--what run"                     steps, beside ctr run, docker run, podman run
     make bench ARGS="--what daemon"                  our containerd in Docker: start, Envoy, socket
 
-Prints medians, and the ratio of the two within each round; --json FILE keeps the figures.
+Prints medians, the ratio of the two within each round, and what was reached of the goals; --json
+FILE keeps the figures, of which bench.chart draws a picture and bench.goals tells the goals again.
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.cases import DECOMPRESSORS, LINKS, TOOLS, choose
 from bench.daemon import measure as measure_daemon
-from bench.images import IMAGES, six_layers
-from bench.pull import LINKS, measure_pulls, push
+from bench.goals import as_data, lines
+from bench.images import CACHE, IMAGES, six_layers
+from bench.pull import measure_pulls, push
 from bench.run import measure as measure_steps
+from bench.tools import left_out, missing, versions
 from tests.support.servers import RegistryServer
 
 
@@ -33,27 +39,33 @@ def main() -> None:
     )
     parser.add_argument("--what", choices=["pull", "daemon", "run", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--image", choices=IMAGES, action="append", help="only this; repeatable")
-    parser.add_argument("--link", choices=LINKS, action="append", help="only this; repeatable")
-    parser.add_argument(
-        "--decompressor",
-        choices=["built in", "igzip"],
-        action="append",
-        help="only with what containerd has built in, or only with igzip",
-    )
+    for name, choices in (
+        ("--image", IMAGES),
+        ("--link", LINKS),
+        ("--decompressor", DECOMPRESSORS),
+        ("--tool", TOOLS),
+    ):
+        parser.add_argument(name, choices=choices, action="append", help="only this; repeatable")
     parser.add_argument("--containerd", default="", help="only the version that begins like this")
-    parser.add_argument("--json", type=Path, help="also write the figures into this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=CACHE / "figures.json",
+        help="write the figures into this file (without it: .cache/bench/figures.json)",
+    )
     arguments = parser.parse_args()
     kept: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": platform.platform(),
         "cores": os.cpu_count(),
+        "rounds": arguments.rounds,
+        "versions": versions(),
     }
 
     def save() -> None:
         # After each case: all of it takes long, and may be ended before.
-        if arguments.json:
-            arguments.json.write_text(json.dumps(kept, indent=1))
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(kept, indent=1))
 
     if arguments.what in ("run", "all"):
         with RegistryServer() as registry:
@@ -63,21 +75,26 @@ def main() -> None:
             reference = f"{registry.address}/{push(registry, 'bench/six', six_layers())}"
             kept["daemon"] = measure_daemon(registry, reference, arguments.rounds)
     if arguments.what in ("pull", "all"):
-        decompressors = arguments.decompressor or ["built in", "igzip"]
-        if "igzip" in decompressors and not shutil.which("igzip"):
-            print("LEFT OUT: igzip is not on this machine")
-            decompressors.remove("igzip")
-        cases = measure_pulls(
-            images=arguments.image or list(IMAGES),
-            links=arguments.link or list(LINKS),
-            decompressors=decompressors,
-            containerd=arguments.containerd,
-            rounds=arguments.rounds,
+        plans = choose(
+            arguments.image or [],
+            arguments.link or [],
+            arguments.decompressor or [],
+            arguments.tool or [],
+            arguments.containerd,
         )
+        if not shutil.which("igzip"):
+            if any(plan.decompressor == "igzip" for plan in plans):
+                left_out("igzip is not on this machine (Debian: isal)")
+            plans = [plan for plan in plans if plan.decompressor != "igzip"]
         kept["pulls"] = []
-        for case in cases:
+        for case in measure_pulls(plans, containerd=arguments.containerd, rounds=arguments.rounds):
             kept["pulls"].append(case)
+            kept["goals"] = as_data(kept["pulls"])
+            kept["left out"] = missing
             save()
+        print("\n".join(lines(kept["pulls"])))
+        for what in missing:
+            print(f"LEFT OUT: {what}")
     save()
 
 

@@ -108,4 +108,5 @@ def measure(registry: RegistryServer, reference: str, rounds: int) -> dict[str, 
             f" (from {min(ratios):.2f} to {max(ratios):.2f})"
         )
         found["pulls"] = pulls
-    return json.loads(json.dumps(found))
+    copied: dict[str, object] = json.loads(json.dumps(found))
+    return copied

@@ -12,8 +12,12 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 CACHE = Path(__file__).parent.parent / ".cache" / "bench"
 CHUNK = 1024 * 1024
@@ -58,10 +62,10 @@ def zstd_layers() -> list[Blob]:
     return [_again(one) for one in six_layers()]
 
 
-def forty_layers() -> list[Blob]:
-    """Return forty layers of about 2 MB, each of twenty files."""
+def like_each_other(count: int) -> list[Blob]:
+    """Return layers of about 1 MB, each of twenty files; fewer of them are the first of more."""
     return [
-        _made(f"forty-{number}", lambda n=number: _files(n, 20, 150_000)) for number in range(40)
+        _made(f"part-{number}", partial(_files, number, 20, 150_000)) for number in range(count)
     ]
 
 
@@ -75,11 +79,13 @@ def small_layers() -> list[Blob]:
     return [_layer("small", ["busybox-static"])]
 
 
-IMAGES = {
+IMAGES: dict[str, Callable[[], list[Blob]]] = {
     "small": small_layers,
     "one": one_layer,
     "six": six_layers,
-    "forty": forty_layers,
+    "ten": lambda: like_each_other(10),
+    "forty": lambda: like_each_other(40),
+    "hundred-twenty": lambda: like_each_other(120),
     "files": many_files,
     "zstd": zstd_layers,
 }
@@ -129,7 +135,16 @@ def _layer(name: str, packages: list[str]) -> Blob:
             )
             for package in folder.glob("*.deb"):
                 subprocess.run(["dpkg-deb", "--extract", package, root], check=True)
-            command = ["tar", "--sort=name", "--mtime=@0", "--numeric-owner", "-C", root, "-c", "."]
+            command = [
+                "tar",
+                "--sort=name",
+                "--mtime=@0",
+                "--numeric-owner",
+                "-C",
+                str(root),
+                "-c",
+                ".",
+            ]
             made = subprocess.Popen(command, stdout=subprocess.PIPE)
             assert made.stdout
             shutil.copyfileobj(made.stdout, tar, CHUNK)
@@ -139,22 +154,21 @@ def _layer(name: str, packages: list[str]) -> Blob:
     return _blob(name, "gzip", write)
 
 
-class _Hashed(io.RawIOBase):
+class _Hashed(io.BytesIO):
     """Counts and hashes what is written through it."""
 
     def __init__(self, target: IO[bytes]) -> None:
+        super().__init__()
         self._target = target
         self.seen = hashlib.sha256()
         self.size = 0
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:
+    def write(self, data: Buffer) -> int:
         self.seen.update(data)
-        self.size += len(data)
+        size = memoryview(data).nbytes
+        self.size += size
         self._target.write(data)
-        return len(data)
+        return size
 
 
 def _blob(name: str, compression: str, write: Callable[[IO[bytes]], None]) -> Blob:
@@ -165,8 +179,8 @@ def _blob(name: str, compression: str, write: Callable[[IO[bytes]], None]) -> Bl
     note = folder / f"{name}.json"
     if not note.exists():
         print(f"making {path.name}", flush=True)
-        partial = path.with_suffix(".new")
-        with partial.open("wb") as out:
+        new = path.with_suffix(".new")
+        with new.open("wb") as out:
             packing = subprocess.Popen(PACK[compression], stdin=subprocess.PIPE, stdout=out)
             assert packing.stdin
             hashed = _Hashed(packing.stdin)
@@ -174,15 +188,15 @@ def _blob(name: str, compression: str, write: Callable[[IO[bytes]], None]) -> Bl
             packing.stdin.close()
             if packing.wait():
                 raise SystemExit(f"could not make {path.name}")
-        with partial.open("rb") as file:
+        with new.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         values = {
             "digest": f"sha256:{digest}",
             "diff_id": f"sha256:{hashed.seen.hexdigest()}",
-            "size": partial.stat().st_size,
+            "size": new.stat().st_size,
             "unpacked": hashed.size,
             "compression": compression,
         }
-        partial.replace(path)
+        new.replace(path)
         note.write_text(json.dumps(values))
     return Blob(path=path, **json.loads(note.read_text()))
