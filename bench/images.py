@@ -65,13 +65,13 @@ def zstd_layers() -> list[Blob]:
 def like_each_other(count: int) -> list[Blob]:
     """Return layers of about 1 MB, each of twenty files; fewer of them are the first of more."""
     return [
-        _made(f"part-{number}", partial(_files, number, 20, 150_000)) for number in range(count)
+        _made(f"like-{number}", partial(_files, number, 20, 150_000)) for number in range(count)
     ]
 
 
 def many_files() -> list[Blob]:
     """Return one layer of 100,000 files of up to 2 KB in a thousand directories."""
-    return [_made("files", lambda: _files("files", 100_000, 1_000))]
+    return [_made("many-files", lambda: _files("files", 100_000, 1_000))]
 
 
 def small_layers() -> list[Blob]:
@@ -102,7 +102,15 @@ def _files(seed: object, count: int, size: int) -> Iterator[tuple[str, bytes]]:
 def _made(name: str, files: Callable[[], Iterator[tuple[str, bytes]]]) -> Blob:
     def write(tar: IO[bytes]) -> None:
         with tarfile.open(fileobj=tar, mode="w|") as archive:
+            named: set[str] = set()
             for path, data in files():
+                # Directories are named before what is in them, as all usual tools do it.
+                for end in (at for at, letter in enumerate(path) if letter == "/"):
+                    if path[:end] not in named:
+                        named.add(path[:end])
+                        folder = tarfile.TarInfo(path[:end])
+                        folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+                        archive.addfile(folder)
                 entry = tarfile.TarInfo(path)
                 entry.size = len(data)
                 archive.addfile(entry, io.BytesIO(data))

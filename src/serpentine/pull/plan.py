@@ -24,8 +24,10 @@ __all__ = [
     "worth_a_look",
 ]
 
-# The disk, and a daemon that others use, too.
+# At once: there is one disk, and others use the daemon, too.
 MOST_UNPACKS = 8
+# Forty layers of 1 MB took 1.15 times as long when several were unpacked at once.
+SMALL = 4 << 20
 
 _GC_CONTENT = "containerd.io/gc.ref.content"
 
@@ -134,13 +136,17 @@ def can_rebase(snapshotter: str, capabilities: Collection[str]) -> bool:
     return snapshotter == "overlayfs" and "rebase" in capabilities
 
 
-def unpacks_for(processors: int) -> int:
+def unpacks_for(sizes: Sequence[int], processors: int) -> int:
     """Return how many layers to unpack at once, where nobody has said it.
 
-    More than there are processors, since an unpack waits for the disk, too; with one processor, one
-    after the other: the look at them would cost what is gained.
+    sizes: of the layers to unpack, compressed.  More than there are processors, since an unpack
+    waits for the disk, too.  With one processor, one after the other: the look at them would cost
+    what is gained.  So, too, where all above the lowest are small: containerd's work on them is
+    mostly on its database, which has one writer.
     """
-    return 1 if processors < 2 else min(2 * processors, MOST_UNPACKS)
+    if processors < 2 or max(sizes[1:], default=0) < SMALL:
+        return 1
+    return min(2 * processors, MOST_UNPACKS, len(sizes))
 
 
 def worth_a_look(sizes: Sequence[int], at_once: int) -> tuple[int, ...]:

@@ -173,7 +173,7 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions
     order: Iterable[Descriptor] = plan.fetch
     if at_once > 1:
         sizes = [layer.descriptor.size for layer in plan.unpack]
-        look = worth_a_look(sizes, at_once)
+        look = worth_a_look(sizes, min(at_once, _processors()))
         job.looked_at.update(plan.unpack[place].descriptor.digest for place in look)
         order = plan.in_order(download_order(sizes, look))
     arrived = {blob.digest: asyncio.Event() for blob in plan.fetch}
@@ -236,8 +236,9 @@ def _processors() -> int:
 
 async def _at_once(options: PullOptions, plan: Plan) -> int:
     """Return how many layers may be unpacked at once; containerd is asked if it matters."""
-    wanted = options.max_concurrent_unpacks or unpacks_for(_processors())
-    most = min(wanted, len(plan.unpack))
+    sizes = [layer.descriptor.size for layer in plan.unpack]
+    wanted = options.max_concurrent_unpacks or unpacks_for(sizes, _processors())
+    most = min(wanted, len(sizes))
     if most < 2 or options.can_rebase is None or not await options.can_rebase():
         return 1
     return most

@@ -263,7 +263,16 @@ def test_a_large_layer_on_top_begins_early(link):
 
 
 def test_unpacks_by_processors():
-    assert [unpacks_for(n) for n in (1, 2, 3, 4, 64)] == [1, 4, 6, 8, 8]
+    large = [50 << 20] * 20
+    assert [unpacks_for(large, n) for n in (1, 2, 3, 4, 64)] == [1, 4, 6, 8, 8]
+    assert unpacks_for(large[:3], 4) == 3
+
+
+def test_small_layers_are_unpacked_one_after_the_other():
+    assert unpacks_for([], 4) == 1
+    assert unpacks_for([1 << 20] * 40, 4) == 1
+    assert unpacks_for([500 << 20, *[1 << 20] * 40], 4) == 1  # the large one is the first anyway
+    assert unpacks_for([*[1 << 20] * 3, 500 << 20], 4) == 4
 
 
 def test_the_overlay_snapshotter_alone_is_given_layers_without_a_parent():
