@@ -15,11 +15,11 @@ LINKS = {
 DECOMPRESSORS = ("built in", "igzip")
 
 # Of us, what a user has who sets nothing is always there.
-OURS = ("serpentine, 4 unpacks",)
+OURS = ("serpentine, in order",)
 CTR = ("ctr", "ctr, 4 unpacks")
 FOREIGN = ("docker", "podman", "buildkit")
 TOOLS = (*OURS, *CTR, "ctr, local", "ctr, ranges", *FOREIGN)
-MOST = (*OURS, *CTR, *FOREIGN)
+MOST = (*CTR, *FOREIGN)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Plan:
 
 
 PLANS = (
-    Plan("six", tools=(*MOST, "ctr, local")),
+    Plan("six", tools=(*OURS, *MOST)),
     Plan("six", decompressor="igzip"),
     Plan("six", older=True, tools=("ctr",)),
     Plan("six", "narrow", tools=(*CTR, "docker", "podman")),

@@ -100,6 +100,15 @@ def of_the_link(image: str, link: str) -> Callable[[Sequence[Case]], float | Non
     return value
 
 
+def warm(image: str, name: str) -> Callable[[Sequence[Case]], float | None]:
+    def value(cases: Sequence[Case]) -> float | None:
+        case = find(cases, image)
+        found = seconds(case, name) if case else []
+        return statistics.median(found) if found else None
+
+    return value
+
+
 def peak_memory(cases: Sequence[Case]) -> float | None:
     """Return the most of all our cold pulls."""
     found = [run["peak_mb"] for case in cases for run in case["runs"].get(OURS, [])]
@@ -127,21 +136,26 @@ def growth(cases: Sequence[Case]) -> float | None:
 
 SIX = "six layers, loopback, beside "
 GOALS = (
-    Goal(SIX + "ctr as it comes", 1.0, against("six", "ctr")),
-    Goal(SIX + "ctr, 4 unpacks", 1.0, against("six", "ctr, 4 unpacks")),
-    Goal(SIX + "Docker", 1.0, against("six", "docker")),
-    Goal(SIX + "Podman", 1.0, against("six", "podman")),
+    Goal(SIX + "ctr as it comes", 0.8, against("six", "ctr")),
+    Goal(SIX + "ctr with four unpacks", 1.1, against("six", "ctr, 4 unpacks")),
+    Goal(SIX + "Docker", 0.5, against("six", "docker")),
+    Goal(SIX + "Podman", 0.5, against("six", "podman")),
     Goal(SIX + "BuildKit", 1.0, against("six", "buildkit")),
-    Goal(SIX + "ctr, igzip for both", 1.0, against("six", "ctr", decompressor="igzip")),
-    Goal("six layers, 50 MB/s: beside bytes / link", 1.1, of_the_link("six", "narrow")),
-    Goal("one layer, 4 x 50 MB/s: beside ctr", 0.5, against("one", "ctr", link="far")),
+    Goal("the same, igzip for all: beside ctr", 0.8, against("six", "ctr", decompressor="igzip")),
+    Goal(
+        "the same, igzip for all: beside ctr with four unpacks",
+        1.1,
+        against("six", "ctr, 4 unpacks", decompressor="igzip"),
+    ),
+    Goal("six layers, 50 MB/s: beside bytes / link", 1.15, of_the_link("six", "narrow")),
+    Goal("one layer, 4 x 50 MB/s: beside ctr", 0.4, against("one", "ctr", link="far")),
     Goal("forty layers, beside the best peer", 1.0, against_best("forty")),
     Goal("100,000 small files, beside the best peer", 1.0, against_best("files")),
-    Goal("peak memory of ours, any cold pull", 80, peak_memory, "MB"),
-    Goal("warm, from the shell, beside ctr", 2.0, against("six", "ctr, warm", "serpentine, warm")),
+    Goal("peak memory of ours, any cold pull", 96, peak_memory, "MB"),
+    Goal("warm, from the shell", 0.35, warm("six", "serpentine, warm"), "s"),
     Goal(
-        "warm, when Python has started, beside ctr",
-        1.0,
+        "warm, after the imports, beside ctr",
+        1.5,
         against("six", "ctr, warm", "serpentine, warm, after imports"),
     ),
     Goal("one more layer after 40, beside one before", 1.2, growth),
@@ -164,7 +178,11 @@ def lines(cases: Sequence[Case]) -> Iterable[str]:
     yield "|---|---|---|---|"
     for one in outcomes(cases):
         unit = f" {one.unit}" if one.unit else ""
-        measured = "" if one.measured is None else f"{one.measured:.{0 if unit else 2}f}{unit}"
+        measured = (
+            ""
+            if one.measured is None
+            else f"{one.measured:.{0 if one.measured > 10 else 2}f}{unit}"
+        )
         met = {True: "met", False: "NOT MET", None: "not measured"}[one.met]
         yield f"| {one.name} | {one.goal:g}{unit} | {measured} | {met} |"
     yield ""

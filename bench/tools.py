@@ -121,7 +121,7 @@ class Serpentine(OnContainerd):
     def __init__(self, server: ContainerdServer, unpacks: int = 0) -> None:
         super().__init__(server)
         if unpacks:
-            self.name = f"serpentine, {unpacks} unpacks"
+            self.name = f"serpentine, {unpacks} unpacks" if unpacks > 1 else "serpentine, in order"
             self.environ = {"SERPENTINE_MAX_UNPACKS": str(unpacks)}
             self.warm = False
 
@@ -270,8 +270,8 @@ def start(stack: ExitStack, binary: Path, wanted: tuple[str, ...]) -> list[Tool]
     server = stack.enter_context(ContainerdServer(binary))
     tools: list[Tool] = [Serpentine(server)]
     newer = parallel(server.version)
-    if "serpentine, 4 unpacks" in wanted and newer:
-        tools.append(Serpentine(server, 4))
+    if "serpentine, in order" in wanted and newer:
+        tools.append(Serpentine(server, 1))
     if "ctr" in wanted:
         tools.append(Ctr(server))
     if "ctr, local" in wanted and newer:

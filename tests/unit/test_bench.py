@@ -45,7 +45,7 @@ def test_the_line_alone_is_what_a_narrow_one_is_held_against():
 
 
 def test_the_best_peer_is_none_of_ours_and_pulls_from_nothing():
-    runs = {"serpentine, 4 unpacks": [1], "ctr, warm": [1], "podman": [3], "ctr": [2]}
+    runs = {"serpentine, in order": [1], "ctr, warm": [1], "podman": [3], "ctr": [2]}
     assert best_peer(case("forty", runs)) == "ctr"
     assert best_peer(case("forty", {"serpentine": [1]})) is None
 

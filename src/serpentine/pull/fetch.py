@@ -46,6 +46,8 @@ SLOW_TRIES = 3
 # Less than this, in bytes and in seconds, is not worth being asked for in parts.
 PARTS_FROM = 16 << 20
 PARTS_SECONDS = 1.5
+# Measured: 0.75 to 0.95 over a link of 10 or 50 MB/s, 0.05 to 0.5 on loopback.
+PARTS_IDLE = 0.6
 # So many broken parts, and a blob is no more asked for in parts.
 PARTS_BROKEN = 3
 
@@ -227,7 +229,7 @@ async def _download(
     began = reported = now()
     # Bytes, and the seconds that we waited for them: what containerd takes does not count.
     size = since = 0
-    waited = 0.0
+    waited = idle = 0.0
     host = endpoint = ""
     try:
         async with job.repository.open_blob(
@@ -241,6 +243,7 @@ async def _download(
                     limit.reschedule(None)
                     came = now()
                     waited += came - asked
+                    idle += came - asked
                     size += len(chunk)
                     since += len(chunk)
                     job.lines.came(len(chunk))
@@ -250,9 +253,10 @@ async def _download(
                         job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
                         rate = since / (asked - reported)
                         job.speeds.note(stream, rate)
-                        if way.broken < PARTS_BROKEN and _parts_pay(job, blob, writer, rate):
+                        idle /= asked - reported
+                        if way.broken < PARTS_BROKEN and _parts_pay(job, blob, writer, rate, idle):
                             return True
-                        reported, since = asked, 0
+                        reported, since, idle = asked, 0, 0.0
                     if waited >= WINDOW:
                         compare = way.slow < SLOW_TRIES
                         if job.speeds.too_slow(stream, size / waited, compare=compare):
@@ -306,9 +310,15 @@ async def _pass_on(
     await job.repository.throttle.take(len(chunk))
 
 
-def _parts_pay(job: Job, blob: Descriptor, writer: ContentWriter, rate: float) -> bool:
+def _parts_pay(job: Job, blob: Descriptor, writer: ContentWriter, rate: float, idle: float) -> bool:
+    """Tell whether what is left may come faster in parts.
+
+    rate: bytes a second, lately; idle: the part of that time in which we waited for the registry
+    and not for a processor or for containerd, which other connections would not make faster.
+    """
     left = blob.size - writer.offset
-    return left >= max(PARTS_FROM, rate * PARTS_SECONDS) and job.lines.more()
+    worth = left >= max(PARTS_FROM, rate * PARTS_SECONDS) and idle >= PARTS_IDLE
+    return worth and job.lines.more()
 
 
 async def _download_in_parts(
