@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from serpentine.containerd import ContentWriter
 from serpentine.events import Received, Retrying
 from serpentine.pull import fetch, lines
 from serpentine.settings import Settings
@@ -143,6 +144,52 @@ async def test_more_or_less_than_was_asked_for(containerd, namespace, fake):
     async with containerd.connect(namespace=namespace) as engine:
         await engine.pull_image(reference)
     assert count >= 2
+
+
+async def test_not_where_nobody_says_that_it_can_be_done(containerd, namespace, fake):
+    """The one connection that works is kept: it could not be gone on with."""
+    reference, layer = add(fake, "unable")
+    fake.on(f"/blobs/{layer.digest}", lambda _seen: Answer(body=layer.blob))
+    async with containerd.connect(namespace=namespace) as engine:
+        await engine.pull_image(reference)
+    assert [seen.headers.get("range") for seen in fake.requests(layer.digest)] == [None]
+
+
+async def test_a_part_breaks_while_another_is_written(containerd, namespace, fake, monkeypatch):
+    """Who writes is not interrupted by it: the write stream would be lost, and nobody told."""
+    answer = ContentWriter._answer
+    broken = 0
+
+    async def slow(self):
+        await asyncio.sleep(0.05)
+        return await answer(self)
+
+    monkeypatch.setattr(ContentWriter, "_answer", slow)
+    reference, layer = add(fake, "while")
+    digest = layer.digest
+
+    def bad(seen: Seen) -> Answer | None:
+        nonlocal broken
+        found = BOUNDED.fullmatch(seen.headers.get("range", ""))
+        if not found or len(ranges(fake)) % 3:
+            return None
+        broken += 1
+        start, end = int(found[1]), int(found[2])
+        where = {"Content-Range": f"bytes {start}-{end}/{len(layer.blob)}"}
+        return Answer(206, layer.blob[start : end + 1], where, break_after=PART // 4)
+
+    fake.on("/blobs/", bad)
+    events = []
+    async with (
+        containerd.connect(namespace=namespace, on_event=events.append) as engine,
+        asyncio.timeout(30),
+    ):
+        await engine.pull_image(reference)
+        assert [str(blob.digest) for blob in await engine.containerd.content.all()].count(digest)
+    assert broken
+    # One write stream for all: it was not begun anew.
+    starts = [event.offset for event in events if isinstance(event, Received)]
+    assert starts.count(0) <= 2  # the layer's, and the config's
 
 
 async def test_wrong_bytes_in_a_part_are_noticed(containerd, namespace, fake, contents):

@@ -210,7 +210,7 @@ class FakeRegistry:
     def _blob(data: bytes, asked: str | None) -> Answer:
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
         if not found:
-            return Answer(body=data)
+            return Answer(body=data, headers={"Accept-Ranges": "bytes"})
         start = int(found[1])
         end = min(int(found[2]) + 1, len(data)) if found[2] else len(data)
         if start >= len(data):

@@ -94,16 +94,19 @@ class Channel:
     def _calling(self) -> Iterator[None]:
         """Tell the end of a call by ``close`` apart from a cancellation of the caller's task.
 
-        grpcio raises CancelledError for both.  A task group takes that of a task which nobody
-        cancelled for a quiet end, and the failure would be lost.
+        grpcio raises CancelledError for both, and for the use of a call that was cancelled before.
+        A task group takes that of a task which nobody cancelled for a quiet end, and the failure
+        would be lost.
         """
         try:
             yield
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._closed and not (task and task.cancelling()):
+            if task and task.cancelling():
+                raise
+            if self._closed:
                 raise self._closed_error() from None
-            raise
+            raise Unavailable("a call to containerd was used after it had been ended") from None
 
     def metadata(self, lease: str | None = None) -> tuple[tuple[str, str], ...]:
         """Return what goes with each call: the namespace always (trap 1), a lease if given."""

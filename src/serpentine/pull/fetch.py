@@ -15,6 +15,7 @@ from serpentine.errors import (
     FailedPrecondition,
     Locked,
     NoSuchRange,
+    RateLimited,
     RegistryError,
     SizeMismatch,
     TransferError,
@@ -92,7 +93,7 @@ class _Way:
     suspected: mirrors that had a part in something with another digest.
     slow: how often it was begun anew for being far behind the others.
     careful: the write stream broke, and we would like to know why.
-    broken: how many parts did not come.
+    served: the endpoint that served last.  broken: how many parts did not come.
     """
 
     asked: set[str] = field(default_factory=set)
@@ -100,6 +101,7 @@ class _Way:
     suspected: set[str] = field(default_factory=set)
     slow: int = 0
     careful: bool = False
+    served: str = ""
     broken: int = 0
 
 
@@ -237,6 +239,7 @@ async def _download(
         ) as body:
             host, endpoint = body.host, body.endpoint
             way.asked.add(endpoint)
+            way.served = endpoint
             asked = now()
             async with asyncio.timeout(job.stall_timeout) as limit:
                 async for chunk in body:
@@ -254,7 +257,11 @@ async def _download(
                         rate = since / (asked - reported)
                         job.speeds.note(stream, rate)
                         idle /= asked - reported
-                        if way.broken < PARTS_BROKEN and _parts_pay(job, blob, writer, rate, idle):
+                        if (
+                            body.ranges
+                            and way.broken < PARTS_BROKEN
+                            and _parts_pay(job, blob, writer, rate, idle)
+                        ):
                             return True
                         reported, since, idle = asked, 0, 0.0
                     if waited >= WINDOW:
@@ -303,8 +310,9 @@ async def _pass_on(
     job: Job, blob: Descriptor, writer: ContentWriter, scan: LayerScan | None, chunk: bytes
 ) -> None:
     assert job.repository is not None
-    await writer.write(chunk)
-    job.begun.add(blob.digest)
+    if chunk:  # what is passed over comes as nothing
+        await writer.write(chunk)
+        job.begun.add(blob.digest)
     if scan is not None:
         await scan.feed(chunk)
     await job.repository.throttle.take(len(chunk))
@@ -317,8 +325,9 @@ def _parts_pay(job: Job, blob: Descriptor, writer: ContentWriter, rate: float, i
     and not for a processor or for containerd, which other connections would not make faster.
     """
     left = blob.size - writer.offset
-    worth = left >= max(PARTS_FROM, rate * PARTS_SECONDS) and idle >= PARTS_IDLE
-    return worth and job.lines.more()
+    if blob.urls or left < max(PARTS_FROM, rate * PARTS_SECONDS) or idle < PARTS_IDLE:
+        return False
+    return job.lines.more()
 
 
 async def _download_in_parts(
@@ -339,23 +348,24 @@ async def _download_in_parts(
     others = 0
 
     async def fetch(*, extra: bool) -> None:
-        nonlocal others
-        try:
-            while (part := await parts.take()) is not None:
-                group.create_task(_fetch_part(job, blob, way, part), name=f"{part.start}")
-                await part.nearly.wait()
-                if extra and job.lines.too_many():
-                    return
-        finally:
-            if extra:
-                others -= 1
-                job.lines.give_back()
+        while (part := await parts.take()) is not None:
+            group.create_task(_fetch_part(job, blob, way, parts, part), name=f"at {part.start}")
+            await part.nearly.wait()
+            if extra and job.lines.too_many():
+                return
 
     def begin_more() -> None:
         nonlocal others
         while parts.left and job.lines.try_more():
             others += 1
-            group.create_task(fetch(extra=True), name=f"parts of {blob.digest}")
+            task = group.create_task(fetch(extra=True), name=f"parts of {blob.digest}")
+            # And not within it: a task that is cancelled before it begins comes to no finally.
+            task.add_done_callback(give_back)
+
+    def give_back(_task: asyncio.Task[None]) -> None:
+        nonlocal others
+        others -= 1
+        job.lines.give_back()
 
     try:
         async with task_group() as group:
@@ -369,35 +379,51 @@ async def _download_in_parts(
                     begin_more()
                     if not others:
                         parts.stop()
-    except NoSuchRange:
-        job.lines.parts = False
-    except RegistryError:
+    except RegistryError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # It came while the group was ending, which forgets it (Python 3.11, 3.12).
+            raise asyncio.CancelledError from error
+        if isinstance(error, NoSuchRange | RateLimited):
+            job.lines.parts = False
         way.broken += 1
 
 
-async def _fetch_part(job: Job, blob: Descriptor, way: _Way, part: Part) -> None:
-    """Bring a part into memory; raises RegistryError if it breaks off, stalls, or hardly moves."""
+async def _fetch_part(job: Job, blob: Descriptor, way: _Way, parts: Parts, part: Part) -> None:
+    """Bring a part into memory; if it breaks off, stalls or hardly moves, the part has failed.
+
+    An error would cancel who reads the parts, in the middle of a write to containerd.
+    """
     assert job.repository is not None
     now = asyncio.get_running_loop().time
     began = now()
     host = ""
     try:
         async with job.repository.open_blob(
-            blob, offset=part.start, end=part.end, avoid=way.avoid
+            blob, offset=part.start, end=part.end, avoid=way.avoid, prefer=way.served
         ) as body:
             host = body.host
             way.asked.add(body.endpoint)
+            began = now()
             async with asyncio.timeout(job.stall_timeout) as limit:
                 async for chunk in body:
                     part.put(chunk)
                     job.lines.came(len(chunk))
-                    took = now() - began
-                    if took >= WINDOW and job.speeds.too_slow(part, part.came / took):
-                        raise TransferError("too slow", host=host)
                     limit.reschedule(now() + job.stall_timeout)
-    except TimeoutError as error:
-        raise TransferError("silent", host=host) from error
+                    if (took := now() - began) >= WINDOW:
+                        job.speeds.note(part, part.came / took)
+                        if job.speeds.too_slow(part, part.came / took):
+                            raise TransferError("too slow", host=host)
+                    elif took > REPORT_EVERY:
+                        job.speeds.note(part, part.came / took)
+    except TimeoutError:
+        parts.stop()
+        part.fail(TransferError("silent", host=host))
+    except RegistryError as error:
+        parts.stop()
+        part.fail(error)
     finally:
+        job.speeds.forget(part)
         if part.came:
             job.on_event(
                 Received(

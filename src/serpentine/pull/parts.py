@@ -27,6 +27,7 @@ class Part:
     came: int = 0
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     nearly: asyncio.Event = field(default_factory=asyncio.Event)
+    error: Exception | None = None
 
     @property
     def whole(self) -> bool:
@@ -40,6 +41,12 @@ class Part:
         self.moved.set()
         if self.came >= NEARLY * (self.end - self.start):
             self.nearly.set()
+
+    def fail(self, error: Exception) -> None:
+        """Note that no more comes; ``read`` raises it behind what has come."""
+        self.error = error
+        self.moved.set()
+        self.nearly.set()
 
 
 class Parts:
@@ -78,7 +85,11 @@ class Parts:
         return None
 
     async def read(self) -> AsyncIterator[bytes]:
-        """Yield all bytes in their order, as they come."""
+        """Yield all bytes in their order, as they come; raises what a part failed with.
+
+        Only here, and only behind the bytes before it: who reads is not interrupted while he passes
+        something on.
+        """
         while self._open or self.left:
             if not self._open:
                 self._begun.clear()
@@ -86,6 +97,8 @@ class Parts:
             part = self._open[0]
             while part.chunks or not part.whole:
                 if not part.chunks:
+                    if part.error is not None:
+                        raise part.error
                     part.moved.clear()
                     await part.moved.wait()
                 chunks, part.chunks = part.chunks, []

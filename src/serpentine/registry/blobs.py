@@ -22,6 +22,8 @@ class BlobStream:
         continue; beyond it that is a TransferError.
     end: where to stop; any answer but exactly that range is NoSuchRange (RFC 9110, section 14).
 
+    ranges: whether the endpoint says that it can be asked for parts.
+
     ``offset`` moves with what was handed out.  Raises TransferError when the body ends before
     the descriptor's size (cleanly or not), which is worth another try, and SizeMismatch when it
     goes on after it, which is not.  No Content-Length is needed.
@@ -45,6 +47,8 @@ class BlobStream:
         self._end = end
         self.offset = offset
         self.host = response.host
+        units = response.headers.get("Accept-Ranges", "").lower()
+        self.ranges = response.status == 206 or units.strip() == "bytes"
         self.endpoint = endpoint
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -60,8 +64,8 @@ class BlobStream:
             if self.offset + len(part) > size:
                 raise self._too_long() if self._end is None else self._not_that("more")
             self.offset += len(part)
-            if part:
-                yield part
+            # Also what is passed over is told: something comes, though nothing that counts.
+            yield part
         if self.offset < size:
             raise self._broken(f"it ended after {self.offset} of {size} bytes")
 

@@ -231,13 +231,14 @@ class Repository:
         end: int | None = None,
         most_skipped: int | None = None,
         avoid: Collection[str] = (),
+        prefer: str = "",
     ) -> AsyncIterator[BlobStream]:
         """Open a blob from a byte on; its bytes come as they are stored.
 
         end: where to stop, if before the blob's own end.  Nothing but the bytes between is taken.
         most_skipped: how many bytes before the offset may be read again, if the registry does not
             continue there but begins again; None for all.
-        avoid: endpoints to ask only if nobody else has it.
+        avoid: endpoints to ask only if nobody else has it; prefer: the one to ask first.
 
         The stream raises TransferError when it ends early: open it again at ``stream.offset``
         to continue.
@@ -247,7 +248,8 @@ class Repository:
             headers = {"Range": f"bytes={offset}-{end - 1}"}
         failures = _Failures(self)
         with self._named():
-            for source in await self._sources(resolve=False, avoid=avoid):
+            sources = await self._sources(resolve=False, avoid=avoid)
+            for source in sorted(sources, key=lambda one: one.host != prefer):
                 opened = False
                 try:
                     async with source.request(

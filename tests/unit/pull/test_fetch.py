@@ -90,6 +90,7 @@ class Hosts:
 class Body:
     def __init__(self, host, chunks) -> None:
         self.host = self.endpoint = host
+        self.ranges = False
         self._chunks = chunks
 
     def __aiter__(self):

@@ -92,3 +92,18 @@ async def test_the_next_one_is_asked_for_before_the_end():
     part.put(bytes(1))
     assert part.nearly.is_set()
     assert not part.whole
+
+
+async def test_a_failure_is_raised_behind_what_has_come():
+    parts = Parts(0, 200, size=100, ahead=2)
+    first, second = [await parts.take() for _ in range(2)]
+    assert first is not None
+    assert second is not None
+    second.put(DATA[100:150])
+    second.fail(ValueError("broke"))
+    reading = parts.read()
+    first.put(DATA[:100])
+    assert await anext(reading) == DATA[:100]
+    assert await anext(reading) == DATA[100:150]
+    with pytest.raises(ValueError, match="broke"):
+        await anext(reading)
