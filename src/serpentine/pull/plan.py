@@ -14,6 +14,7 @@ __all__ = [
     "Plan",
     "Ready",
     "apply_next",
+    "can_look",
     "can_rebase",
     "candidates",
     "child_labels",
@@ -147,6 +148,14 @@ def unpacks_for(sizes: Sequence[int], processors: int) -> int:
     if processors < 2 or max(sizes[1:], default=0) < SMALL:
         return 1
     return min(2 * processors, MOST_UNPACKS, len(sizes))
+
+
+def can_look(media_type: str) -> bool:
+    """Tell whether a layer of this type can be looked at; what is in it may still say otherwise.
+
+    We read no zstd: such layers go one after the other, and so are better downloaded in that order.
+    """
+    return not media_type.endswith("zstd")
 
 
 def worth_a_look(sizes: Sequence[int], at_once: int) -> tuple[int, ...]:

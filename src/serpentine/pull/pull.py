@@ -25,7 +25,14 @@ from serpentine.model.documents import Descriptor, Layer
 from serpentine.model.platform import Platform
 from serpentine.model.state import ContainerState
 from serpentine.pull.leases import forget_earlier, leased
-from serpentine.pull.plan import Plan, download_order, make_plan, unpacks_for, worth_a_look
+from serpentine.pull.plan import (
+    Plan,
+    can_look,
+    download_order,
+    make_plan,
+    unpacks_for,
+    worth_a_look,
+)
 from serpentine.pull.record import is_recorded, record_image
 from serpentine.pull.resolve import ResolvedImage, resolve
 
@@ -173,9 +180,14 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions
     order: Iterable[Descriptor] = plan.fetch
     if at_once > 1:
         sizes = [layer.descriptor.size for layer in plan.unpack]
-        look = worth_a_look(sizes, min(at_once, _processors()))
+        look = [
+            place
+            for place in worth_a_look(sizes, min(at_once, _processors()))
+            if can_look(plan.unpack[place].descriptor.media_type)
+        ]
         job.looked_at.update(plan.unpack[place].descriptor.digest for place in look)
         order = plan.in_order(download_order(sizes, look))
+        at_once = at_once if look else 1
     arrived = {blob.digest: asyncio.Event() for blob in plan.fetch}
     downloaded: set[Digest] = set()
 

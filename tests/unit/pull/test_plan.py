@@ -11,6 +11,7 @@ from serpentine.model.platform import Platform
 from serpentine.pull.plan import (
     Ready,
     apply_next,
+    can_look,
     can_rebase,
     candidates,
     child_labels,
@@ -192,6 +193,13 @@ def test_no_more_goes_in_order_than_one_in_so_many(sizes, at_once):
     assert chosen == tuple(range(len(sizes) - len(chosen), len(sizes)))
     in_order = sum(size for place, size in enumerate(sizes) if place not in chosen)
     assert in_order * at_once <= max(sum(sizes), sizes[0] * at_once if sizes else 0)
+
+
+def test_layers_of_zstd_cannot_be_looked_at():
+    assert can_look("application/vnd.oci.image.layer.v1.tar+gzip")
+    assert can_look("application/vnd.docker.image.rootfs.diff.tar.gzip")
+    assert not can_look("application/vnd.oci.image.layer.v1.tar+zstd")
+    assert not can_look("application/vnd.docker.image.rootfs.diff.tar.zstd")
 
 
 def test_downloads_begin_from_both_ends():
