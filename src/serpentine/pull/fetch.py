@@ -291,18 +291,7 @@ async def _download(
         raise wrong from error
     finally:
         job.speeds.forget(stream)
-        if writer.offset > start:
-            job.on_event(
-                Received(
-                    image=job.image,
-                    digest=str(blob.digest),
-                    host=host,
-                    offset=start,
-                    size=writer.offset - start,
-                    seconds=now() - began,
-                )
-            )
-
+        _tell(job, blob, host, start, writer.offset - start, now() - began)
     return False
 
 
@@ -424,17 +413,22 @@ async def _fetch_part(job: Job, blob: Descriptor, way: _Way, parts: Parts, part:
         part.fail(error)
     finally:
         job.speeds.forget(part)
-        if part.came:
-            job.on_event(
-                Received(
-                    image=job.image,
-                    digest=str(blob.digest),
-                    host=host,
-                    offset=part.start,
-                    size=part.came,
-                    seconds=now() - began,
-                )
+        _tell(job, blob, host, part.start, part.came, now() - began)
+
+
+def _tell(job: Job, blob: Descriptor, host: str, offset: int, size: int, seconds: float) -> None:
+    """Tell what a request has brought, if it has brought anything."""
+    if size > 0:
+        job.on_event(
+            Received(
+                image=job.image,
+                digest=str(blob.digest),
+                host=host,
+                offset=offset,
+                size=size,
+                seconds=seconds,
             )
+        )
 
 
 def _stopped(job: Job, blob: Descriptor, offset: int, error: TransferError) -> TransferError:
