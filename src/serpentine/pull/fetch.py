@@ -26,6 +26,7 @@ from serpentine.events import LayerStatus, Received, Retrying
 from serpentine.model.digest import Digest
 from serpentine.model.documents import Descriptor
 from serpentine.pull.job import Job
+from serpentine.pull.lines import Line
 from serpentine.pull.parts import PART, PARTS_AHEAD, Part, Parts
 from serpentine.pull.scan import LayerScan
 
@@ -64,14 +65,18 @@ def blob_ref(digest: Digest) -> str:
     return f"layer-{digest}"
 
 
-async def fetch_blob(job: Job, blob: Descriptor, places: tuple[int, ...]) -> bool:
+async def fetch_blob(
+    job: Job, blob: Descriptor, places: tuple[int, ...], line: Line | None = None
+) -> bool:
     """Bring a blob into containerd's content store; tell whether anything was downloaded.
+
+    line: the connection to use, where others are used beside it.
 
     Who else wants it waits for us, and we for them, instead of downloading it twice.
     """
     async with job.locks(("blob", job.containerd.namespace, blob.digest)):
         waiting = _Waiting()
-        way = _Way()
+        way = _Way(line or Line(job.lines, blob.size))
         while True:
             try:
                 return await _fetch_once(job, blob, places, way)
@@ -96,6 +101,7 @@ class _Way:
     served: the endpoint that served last.  broken: how many parts did not come.
     """
 
+    line: Line
     asked: set[str] = field(default_factory=set)
     avoid: set[str] = field(default_factory=set)
     suspected: set[str] = field(default_factory=set)
@@ -184,6 +190,7 @@ async def _stream(
     """Write what is missing, over as many requests as it takes; one write stream for all."""
     job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
     job.statistics.bytes_resumed += writer.offset
+    way.line.left = blob.size - writer.offset
     failures = 0
     while writer.offset < blob.size:
         start = writer.offset
@@ -240,6 +247,7 @@ async def _download(
             host, endpoint = body.host, body.endpoint
             way.asked.add(endpoint)
             way.served = endpoint
+            way.line.patient = body.ranges and not blob.urls
             asked = now()
             async with asyncio.timeout(job.stall_timeout) as limit:
                 async for chunk in body:
@@ -249,9 +257,12 @@ async def _download(
                     idle += came - asked
                     size += len(chunk)
                     since += len(chunk)
-                    job.lines.came(len(chunk))
+                    way.line.came(len(chunk))
                     await _pass_on(job, blob, writer, scan, chunk)
                     asked = now()
+                    if await way.line.turn():
+                        asked = reported = now()
+                        since, idle = 0, 0.0
                     if asked - reported >= REPORT_EVERY:
                         job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
                         rate = since / (asked - reported)
@@ -290,6 +301,7 @@ async def _download(
         wrong.endpoint = endpoint
         raise wrong from error
     finally:
+        way.line.patient = False
         job.speeds.forget(stream)
         _tell(job, blob, host, start, writer.offset - start, now() - began)
     return False
@@ -397,7 +409,7 @@ async def _fetch_part(job: Job, blob: Descriptor, way: _Way, parts: Parts, part:
             async with asyncio.timeout(job.stall_timeout) as limit:
                 async for chunk in body:
                     part.put(chunk)
-                    job.lines.came(len(chunk))
+                    way.line.came(len(chunk))
                     limit.reschedule(now() + job.stall_timeout)
                     if (took := now() - began) >= WINDOW:
                         job.speeds.note(part, part.came / took)

@@ -27,6 +27,7 @@ from serpentine.model.state import ContainerState
 from serpentine.pull.leases import forget_earlier, leased
 from serpentine.pull.plan import (
     Plan,
+    beside_downloads,
     can_look,
     download_order,
     make_plan,
@@ -188,20 +189,25 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions
         job.looked_at.update(plan.unpack[place].descriptor.digest for place in look)
         order = plan.in_order(download_order(sizes, look))
         at_once = at_once if look else 1
+    at_first = at_once
+    if options.max_concurrent_unpacks is None:
+        at_first = beside_downloads(at_once, _processors())
+    first = len(plan.layers) - len(plan.unpack)
+    several = Several(job, first, plain=plain, at_once=at_once, at_first=at_first)
     arrived = {blob.digest: asyncio.Event() for blob in plan.fetch}
     downloaded: set[Digest] = set()
 
     async def fetch(blob: Descriptor) -> None:
-        async with job.lines.one():
-            if await fetch_blob(job, blob, plan.places(blob.digest)):
+        async with job.lines.one(blob.size) as line:
+            if await fetch_blob(job, blob, plan.places(blob.digest), line):
                 downloaded.add(blob.digest)
         arrived[blob.digest].set()
+        if all(event.is_set() for event in arrived.values()):
+            several.all_here()
 
     async with task_group() as group:
         for blob in order:
             group.create_task(fetch(blob), name=f"fetch {blob.digest}")
-        first = len(plan.layers) - len(plan.unpack)
-        several = Several(job, first, plain=plain, at_once=at_once)
         for place, layer in enumerate(plan.unpack, first):
             here = arrived[layer.descriptor.digest]
             group.create_task(several.unpack(layer, place, here), name=f"unpack {place}")

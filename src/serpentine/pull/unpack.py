@@ -124,13 +124,17 @@ class Several:
 
     first: the place of the lowest one, on which a parent may be that is there; plain: whether that
     one's root directory is known.  at_once: how many may be applied at once; with 1, each waits
-    for the one below it, and only what goes before and after that is done beside it.
+    for the one below it, and only what goes before and after that is done beside it.  at_first: how
+    many until ``all_here``, if fewer.
     """
 
-    def __init__(self, job: Job, first: int, *, plain: bool, at_once: int) -> None:
+    def __init__(
+        self, job: Job, first: int, *, plain: bool, at_once: int, at_first: int | None = None
+    ) -> None:
         self._job = job
         self._first = first
-        self._free = at_once
+        self._free = at_once if at_first is None else at_first
+        self._free_later = at_once - self._free
         self._look_ahead = LOOK_AHEAD if at_once > 1 else NEXT
         self._waiting: dict[int, tuple[Ready, asyncio.Event]] = {}
         # Whether the root directories are known: of those that are committed, and of the parent.
@@ -152,6 +156,12 @@ class Several:
             else:
                 return
         await unpack_layer(self._job, layer, place, several=self)
+
+    def all_here(self) -> None:
+        """Let more be applied at once: no blob is still to come."""
+        self._free += self._free_later
+        self._free_later = 0
+        self._look()
 
     def done(self, place: int, *, plain: bool) -> None:
         """Let the next ones go on: this one is committed."""

@@ -9,7 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serpentine.pull.lines import FIRST, FORGET, MOST, SETTLE, WINDOW, Lines, worth_having
+from serpentine.pull import lines as module
+from serpentine.pull.lines import (
+    FIRST,
+    FORGET,
+    LATE,
+    MOST,
+    QUIET,
+    SETTLE,
+    SOON,
+    WINDOW,
+    Line,
+    Lines,
+    enough,
+    worth_having,
+)
 
 
 class TestDecision:
@@ -35,6 +49,13 @@ class TestDecision:
     def test_never_none_and_never_more_than_may_be(self, rates, most):
         for used in rates:
             assert 1 <= worth_having(rates, used, most) <= most
+
+    @pytest.mark.parametrize(
+        ("rates", "expected"),
+        [({3: 50}, 3), ({2: 49, 3: 50}, 2), ({1: 48, 2: 49, 3: 50}, 1), ({2: 40, 3: 50}, 3)],
+    )
+    def test_enough(self, rates, expected):
+        assert enough(rates) == expected
 
 
 class Clock:
@@ -270,3 +291,180 @@ async def test_bytes_of_a_download_that_asked_for_none():
     wire.window()
     assert not lines.more()
     assert lines.used == 0
+
+
+class Downloads:
+    """Blobs over a link of ``total`` bytes a second, of which a connection gets ``each`` at most."""
+
+    def __init__(
+        self, sizes: list[int], each: float, total: float, *, most: int | None = None
+    ) -> None:
+        self.clock = Clock()
+        self.lines = Lines(most, clock=self.clock)
+        self.ends: dict[int, float] = {}
+        self.most_at_once = 0
+        self.silent: set[int] = set()
+        self.patient = True
+        self._sizes, self._each, self._total = sizes, each, total
+        self._there: dict[int, Line] = {}
+        self._done = [asyncio.Event() for _ in sizes]
+
+    async def _one(self, place: int) -> None:
+        async with self.lines.one(self._sizes[place]) as line:
+            line.patient = self.patient
+            self._there[place] = line
+            await self._done[place].wait()
+            del self._there[place]
+
+    def held(self) -> list[int]:
+        return [place for place, line in self._there.items() if not line.go.is_set()]
+
+    async def run(self, seconds: float = 1000.0) -> None:
+        """Let all of them come, or as much as comes in so many seconds."""
+        began = self.clock.now
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._one(place)) for place in range(len(self._sizes))]
+            await self._until(began + seconds)
+            for task in tasks:
+                task.cancel()
+        assert self.lines.used == 0
+        self.ends = {place: end - began for place, end in self.ends.items()}
+
+    async def _until(self, end: float) -> None:
+        while len(self.ends) < len(self._sizes) and self.clock.now < end:
+            for _ in range(4):
+                await asyncio.sleep(0)
+            moving = {p: line for p, line in self._there.items() if line.go.is_set()}
+            assert len(moving) == self.lines.used
+            self.most_at_once = max(self.most_at_once, len(moving))
+            bringing = {p: line for p, line in moving.items() if p not in self.silent}
+            self.clock.now += 0.05
+            for place, line in bringing.items():
+                line.came(int(0.05 * min(self._each, self._total / len(bringing))))
+                if line.left <= 0:
+                    self.ends[place] = self.clock.now
+                    self._done[place].set()
+
+
+# As the layers of an image are.
+SIZES = [115_000, 206_000, 237_000, 200_000, 112_000, 111_000]
+# Seconds of the bytes alone, at 50,000 a second.
+BYTES = sum(SIZES) / 50_000
+
+
+async def test_one_after_the_other_where_one_fills_the_link():
+    link = Downloads(SIZES, each=50_000, total=50_000)
+    await link.run()
+    assert max(link.ends.values()) < BYTES + 0.3
+    ends = [link.ends[place] for place in range(len(SIZES))]
+    assert ends == sorted(ends)
+    # What is the last to come has not shared the link with what came before it.
+    assert ends[-1] - ends[-2] > 0.9 * SIZES[-1] / 50_000
+
+
+async def test_two_at_once_where_two_fill_the_link():
+    link = Downloads(SIZES, each=25_000, total=50_000)
+    await link.run()
+    assert max(link.ends.values()) < BYTES * 1.15
+    assert link.ends[0] < 1.3 * SIZES[0] / 25_000
+
+
+async def test_to_find_that_out_costs_little_where_each_brings_more():
+    link = Downloads(SIZES, each=10_000, total=1_000_000)
+    await link.run()
+    assert link.most_at_once == MOST
+    usual = Downloads(SIZES, each=10_000, total=1_000_000, most=MOST)
+    await usual.run()
+    assert max(link.ends.values()) < max(usual.ends.values()) + 2.5
+
+
+@pytest.mark.parametrize("seconds", [SOON - 0.5, LATE + 20])
+async def test_none_is_held_where_it_is_too_early_or_too_late(seconds):
+    link = Downloads([int(seconds * 50_000 / 3)] * 3, each=50_000, total=50_000)
+    await link.run(2.0)
+    assert link.most_at_once == 3
+    link = Downloads([int(seconds * 50_000 / 3)] * 3, each=50_000, total=50_000)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(link.run(2.0))
+        while not task.done():
+            await asyncio.sleep(0)
+            assert not link.held()
+
+
+async def test_none_is_held_that_could_not_be_continued():
+    link = Downloads(SIZES, each=50_000, total=50_000)
+    link.patient = False
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(link.run())
+        while not task.done():
+            await asyncio.sleep(0)
+            assert not link.held()
+    # But those that come after them do not begin before their turn.
+    assert link.ends[5] - link.ends[4] > 0.9 * SIZES[5] / 50_000
+
+
+async def test_none_is_held_where_somebody_chose_a_number():
+    link = Downloads(SIZES, each=50_000, total=50_000, most=3)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(link.run())
+        while not task.done():
+            await asyncio.sleep(0)
+            assert not link.held()
+    assert link.most_at_once == 3
+
+
+async def test_the_link_is_not_left_to_one_that_brings_nothing():
+    """It may wait for another client, who may wait for a blob that we would hold."""
+    link = Downloads(SIZES, each=50_000, total=50_000)
+    link.silent = {0}
+    await link.run(60.0)
+    assert set(link.ends) == {1, 2, 3, 4, 5}
+
+
+async def test_who_is_held_goes_on_when_the_others_fall_silent(monkeypatch):
+    monkeypatch.setattr(module, "QUIET", 0.01)
+    link = Downloads(SIZES, each=50_000, total=50_000)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(link.run(4.0))
+        while link.held() != [1, 2]:
+            await asyncio.sleep(0)
+            assert not task.done()
+        line = link._there[2]
+        waiting = asyncio.create_task(line.turn())
+        await asyncio.sleep(0)
+        link.clock.now += QUIET
+        assert await waiting
+        assert not link.held()
+        task.cancel()
+    assert link.lines.used == 0
+
+
+async def test_nobody_is_held_for_too_long(monkeypatch):
+    monkeypatch.setattr(module, "QUIET", 0.001)
+    lines = Lines(clock=(clock := Clock()))
+    async with lines.one(700_000) as a, lines.one(700_000) as b, lines.one(700_000) as c:
+        b.patient = c.patient = True
+
+        def pass_on() -> None:
+            clock.now += 0.25
+            for line in (one for one in (a, b, c) if one.go.is_set()):
+                line.came(12_500 // lines.used)
+
+        while c.go.is_set():
+            pass_on()
+        began = clock.now
+        waiting = asyncio.create_task(c.turn())
+        while not waiting.done():
+            pass_on()
+            await asyncio.sleep(0.002)
+            assert clock.now < began + LATE + 5
+        assert clock.now > began + LATE
+        assert lines.used == 3
+        assert not await c.turn()
+    assert lines.used == 0
+
+
+async def test_cancelled_while_held():
+    link = Downloads(SIZES, each=50_000, total=50_000)
+    await link.run(3.0)
+    assert link.lines.used == 0
