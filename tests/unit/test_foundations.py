@@ -255,6 +255,7 @@ HOMES = {
     "opentelemetry": {"telemetry", "engine"},
     "cryptography": {"daemon"},
     "isal": {"pull"},
+    "backports": {"pull"},
     "rich": {"cli"},
     "click": {"cli"},
 }

@@ -31,8 +31,8 @@ NEARLY = 0.9
 # And when they were enough before: what is unpacked by now takes processors from the downloads, and
 # what others brought before that is more than they would bring.
 STILL = 0.6
-# Fewer are tried when so many seconds are left: less is not worth it, and more is too long to hold a
-# blob that another client may wait for, over a connection that its registry may give up.
+# Fewer are tried when so many seconds are left: less is not worth it, and more is too long to hold
+# a blob that another client may wait for, over a connection that its registry may give up.
 SOON = 3.0
 LATE = 30.0
 # Seconds without a byte of the others after which none is held any more.

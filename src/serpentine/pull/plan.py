@@ -15,7 +15,6 @@ __all__ = [
     "Ready",
     "apply_next",
     "beside_downloads",
-    "can_look",
     "can_rebase",
     "candidates",
     "child_labels",
@@ -158,14 +157,6 @@ def beside_downloads(unpacks: int, processors: int) -> int:
     are, containerd takes what we send late, and the link stands idle: 20 MB/s came of 50.
     """
     return max(1, min(unpacks, processors // 2))
-
-
-def can_look(media_type: str) -> bool:
-    """Tell whether a layer of this type can be looked at; what is in it may still say otherwise.
-
-    We read no zstd: such layers go one after the other, and so are better downloaded in that order.
-    """
-    return not media_type.endswith("zstd")
 
 
 def worth_a_look(sizes: Sequence[int], at_once: int) -> tuple[int, ...]:

@@ -28,7 +28,6 @@ from serpentine.pull.leases import forget_earlier, leased
 from serpentine.pull.plan import (
     Plan,
     beside_downloads,
-    can_look,
     download_order,
     make_plan,
     unpacks_for,
@@ -181,11 +180,7 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions
     order: Iterable[Descriptor] = plan.fetch
     if at_once > 1:
         sizes = [layer.descriptor.size for layer in plan.unpack]
-        look = [
-            place
-            for place in worth_a_look(sizes, min(at_once, _processors()))
-            if can_look(plan.unpack[place].descriptor.media_type)
-        ]
+        look = worth_a_look(sizes, min(at_once, _processors()))
         job.looked_at.update(plan.unpack[place].descriptor.digest for place in look)
         order = plan.in_order(download_order(sizes, look))
         at_once = at_once if look else 1

@@ -14,10 +14,11 @@ import asyncio
 import contextlib
 import queue
 import re
+import sys
 import threading
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 __all__ = ["HeaderScan", "LayerScan"]
 
@@ -36,6 +37,9 @@ _ZEROS = bytes(_BLOCK)
 _GZIP = b"\x1f\x8b\x08"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _MAGIC_SIZE = 4
+# How far back zstd may refer, as a power of two: what most writers choose at most, and what a look
+# then takes of memory.
+_ZSTD_WINDOW = 23
 # Go takes no longer names and attributes.
 _MOST_META = 1 << 20
 # What is remembered of a layer must not grow with it.
@@ -59,7 +63,8 @@ class HeaderScan:
 
     def __init__(self) -> None:
         self._head = b""
-        self._gzip: Any = None
+        self._decompressor: _Decompressor | None = None
+        self._new: Callable[[], _Decompressor] | None = None
         self._begun = False
         self._tar = _Tar()
         self._failed = False
@@ -86,36 +91,90 @@ class HeaderScan:
                 self._head = piece
                 return
             self._begun = True
-            if piece.startswith(_ZSTD):
-                raise _NotAloneError
             if piece.startswith(_GZIP):
-                self._gzip = _decompressor()
-        if self._gzip is None:
+                self._new = _Gzip
+            elif piece.startswith(_ZSTD):
+                self._new = _Zstd
+        if self._new is None:
             self._tar.feed(piece)
             return
+        while piece:
+            if self._decompressor is None:
+                self._decompressor = self._new()
+            for out in self._decompressor.feed(piece):
+                self._tar.feed(out)
+                if self._tar.ended:
+                    return
+            # What follows the end is another member, or frame, of the same stream.
+            piece = self._decompressor.unused
+            if self._decompressor.eof:
+                self._decompressor = None
+
+
+class _Decompressor(Protocol):
+    """Of one member or frame; ``unused`` is what comes after it."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused(self) -> bytes: ...
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """Yield what a piece becomes, a little at a time."""
+        ...
+
+
+class _Gzip:
+    def __init__(self) -> None:
+        try:
+            from isal import isal_zlib
+
+            self._object: Any = isal_zlib.decompressobj(wbits=31)
+        except ImportError:
+            self._object = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._object.eof)
+
+    @property
+    def unused(self) -> bytes:
+        return bytes(self._object.unused_data)
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
         while True:
-            out = self._gzip.decompress(piece, _OUT)
-            self._tar.feed(out)
-            if self._tar.ended:
+            yield (out := self._object.decompress(piece, _OUT))
+            piece = self._object.unconsumed_tail
+            if self._object.eof or (not piece and len(out) < _OUT):
                 return
-            if self._gzip.eof:
-                # What follows is another member of the same stream.
-                piece = self._gzip.unused_data
-                if not piece:
-                    return
-                self._gzip = _decompressor()
-            else:
-                piece = self._gzip.unconsumed_tail
-                if not piece and len(out) < _OUT:
-                    return
 
 
-def _decompressor() -> Any:
-    try:
-        from isal import isal_zlib
-    except ImportError:
-        return zlib.decompressobj(wbits=31)
-    return isal_zlib.decompressobj(wbits=31)
+class _Zstd:
+    def __init__(self) -> None:
+        # Where it is not there, that is an error like another one: the layer is not alone.
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+
+        window = {int(zstd.DecompressionParameter.window_log_max): _ZSTD_WINDOW}
+        self._object = zstd.ZstdDecompressor(options=window)
+
+    @property
+    def eof(self) -> bool:
+        return self._object.eof
+
+    @property
+    def unused(self) -> bytes:
+        return self._object.unused_data
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        while True:
+            yield self._object.decompress(piece, _OUT)
+            if self._object.eof or self._object.needs_input:
+                return
+            piece = b""
 
 
 class _Tar:

@@ -83,6 +83,7 @@ def test_start_up_imports_only_what_the_command_needs():
 NOT_FOR_A_WARM_PULL = {
     "aiohttp",
     "aiodocker",
+    "backports.zstd",
     "cryptography",
     "http.client",
     "isal",

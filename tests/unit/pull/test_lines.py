@@ -294,7 +294,7 @@ async def test_bytes_of_a_download_that_asked_for_none():
 
 
 class Downloads:
-    """Blobs over a link of ``total`` bytes a second, of which a connection gets ``each`` at most."""
+    """Blobs over a link of ``total`` bytes a second; a connection gets ``each`` at most."""
 
     def __init__(
         self, sizes: list[int], each: float, total: float, *, most: int | None = None

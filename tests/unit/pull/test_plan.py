@@ -11,7 +11,7 @@ from serpentine.model.platform import Platform
 from serpentine.pull.plan import (
     Ready,
     apply_next,
-    can_look,
+    beside_downloads,
     can_rebase,
     candidates,
     child_labels,
@@ -195,11 +195,12 @@ def test_no_more_goes_in_order_than_one_in_so_many(sizes, at_once):
     assert in_order * at_once <= max(sum(sizes), sizes[0] * at_once if sizes else 0)
 
 
-def test_layers_of_zstd_cannot_be_looked_at():
-    assert can_look("application/vnd.oci.image.layer.v1.tar+gzip")
-    assert can_look("application/vnd.docker.image.rootfs.diff.tar.gzip")
-    assert not can_look("application/vnd.oci.image.layer.v1.tar+zstd")
-    assert not can_look("application/vnd.docker.image.rootfs.diff.tar.zstd")
+@pytest.mark.parametrize(
+    ("unpacks", "processors", "expected"),
+    [(4, 2, 1), (8, 4, 2), (8, 64, 8), (1, 64, 1), (2, 1, 1)],
+)
+def test_fewer_unpacks_beside_downloads(unpacks, processors, expected):
+    assert beside_downloads(unpacks, processors) == expected
 
 
 def test_downloads_begin_from_both_ends():

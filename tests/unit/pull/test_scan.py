@@ -6,10 +6,14 @@ import asyncio
 import gzip
 import io
 import itertools
+import struct
+import sys
 import tarfile
 import time
+import tracemalloc
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -226,10 +230,53 @@ def test_what_is_empty_or_short_is_left_to_the_chain():
     assert not is_alone(b"\x1f")
 
 
-def test_zstd_is_left_to_the_chain():
-    import zstandard
+class TestZstd:
+    TAR = make_tar([folder("a"), file("a/b", noise(1, 300_000)), file("a/c", "c" * 3_000_000)])
 
-    assert not is_alone(zstandard.compress(make_tar([file("a")])))
+    def test_in_pieces(self):
+        data = zstandard.compress(self.TAR)
+        assert is_alone(data)
+        assert is_alone(data, 11)
+        assert not is_alone(data[: len(data) // 2])
+        assert not is_alone(zstandard.compress(make_tar([file("a/b")])))
+
+    def test_several_frames_are_one_tar(self):
+        tar = make_tar([folder("a"), file("a/b", noise(1, 3000)), file("a/c")])
+        frames = [zstandard.compress(tar[at : at + 700]) for at in range(0, len(tar), 700)]
+        # Some writers keep a table of contents in a frame that is to be passed over.
+        frames.insert(2, struct.pack("<II", 0x184D2A50, 5) + b"12345")
+        assert is_alone(b"".join(frames))
+        assert is_alone(b"".join(frames), 11)
+        assert not is_alone(b"".join(frames[:1]))
+
+    def test_what_is_broken_or_wants_much_memory_is_left_to_the_chain(self):
+        def window(log: int) -> bytes:
+            parameters = zstandard.ZstdCompressionParameters(window_log=log, enable_ldm=log > 24)
+            out = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+            return out.compress(self.TAR) + out.flush()
+
+        assert is_alone(window(23))
+        assert not is_alone(window(25))
+        data = zstandard.compress(self.TAR)
+        assert not is_alone(data[:200] + noise(2, len(data)))
+
+    def test_a_large_layer_in_little_memory(self):
+        """A small piece of zstd may become a thousand times as much."""
+        zeros = make_tar([file("a", "\0" * 200_000_000)])
+        data = zstandard.compress(zeros)
+        del zeros
+        assert len(data) < 100_000
+        tracemalloc.start()
+        try:
+            assert is_alone(data)
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
+
+    def test_left_to_the_chain_where_nobody_reads_it(self, monkeypatch):
+        for name in ("backports", "compression"):
+            monkeypatch.setitem(sys.modules, name, None)
+        assert not is_alone(zstandard.compress(self.TAR))
 
 
 @pytest.mark.parametrize("limit", ["_MOST_FOLDERS", "_MOST_NAMES"])
