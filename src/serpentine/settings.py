@@ -121,8 +121,8 @@ class Settings:
     hosts_dir: a folder with ``HOST/hosts.toml`` files, as containerd has them; None means the usual
         ones.
     max_concurrent_downloads: blobs that are downloaded at once, per pull; also parts of large ones,
-        where one connection does not bring all that it could.  None means three, and up to five
-        where that is measured to bring more.
+        where one connection does not bring all that it could.  None means three, up to five
+        where that is measured to bring more, and fewer for a while where that brings as much.
     max_concurrent_unpacks: layers that containerd unpacks at once, per pull, where it can put one
         onto the one below afterwards (2.2 and later).  1 means one after the other, None twice as
         many as there are processors, 8 at most, and one after the other where layers are small.

@@ -36,6 +36,8 @@ __all__ = ["blob_ref", "fetch_blob", "source_labels"]
 # those in a row that brought next to nothing.
 RETRY_DELAYS = (0.1, 0.5, 1.0, 2.0, 5.0)
 PROGRESS = 64 * 1024
+# What was on its way to a blob that was held, and still comes after its connection has broken.
+HELD_PROGRESS = 8 << 20
 # A registry that begins again at 0 whenever it should continue is put up with after so many tries.
 BEGINS_AGAIN_AFTER = 2
 MAX_SKIPPED = 1 << 20
@@ -202,6 +204,9 @@ async def _stream(
         except TransferError as error:
             # A registry may be silent for longer than containerd has been gone.
             await writer.check()
+            held_at, way.line.held_at = way.line.held_at, None
+            if held_at is not None and held_at - way.line.left < HELD_PROGRESS:
+                continue  # whoever gives up one who does not read is not to blame
             if error.endpoint and job.repository is not None:
                 way.avoid.add(error.endpoint)
                 await job.repository.failed(error.endpoint, str(error))
@@ -213,6 +218,7 @@ async def _stream(
             await asyncio.sleep(delay)
         except RegistryError as error:
             raise error.during(f"layer {blob.digest}, at byte {writer.offset}") from error.__cause__
+    way.line.done()
     job.report(places, blob, LayerStatus.DOWNLOADED, blob.size)
 
 
@@ -260,9 +266,10 @@ async def _download(
                     way.line.came(len(chunk))
                     await _pass_on(job, blob, writer, scan, chunk)
                     asked = now()
-                    if await way.line.turn():
+                    if held := await way.line.turn():
                         asked = reported = now()
                         since, idle = 0, 0.0
+                        began += held
                     if asked - reported >= REPORT_EVERY:
                         job.report(places, blob, LayerStatus.DOWNLOADING, writer.offset)
                         rate = since / (asked - reported)

@@ -72,13 +72,15 @@ def enough(rates: Mapping[int, float]) -> int:
 class Line:
     """The connection of a blob of ``size`` bytes.
 
-    ``patient``: whether it may be held, since what breaks off meanwhile can be continued.
+    ``left``: how many of them are to come.  ``patient``: whether it may be held, since what breaks
+    off meanwhile can be continued.  ``held_at``: what was left when it was last held, or None.
     """
 
     def __init__(self, lines: Lines, size: int) -> None:
         self._lines = lines
         self.left = size
         self.patient = False
+        self.held_at: int | None = None
         self.moved = False
         self.go = asyncio.Event()
         self.go.set()
@@ -89,10 +91,15 @@ class Line:
         self.moved = True
         self._lines.came(size)
 
-    async def turn(self) -> bool:
-        """Wait as long as others are to have the link; tell whether that was at all."""
+    def done(self) -> None:
+        """Leave it to others: all bytes are there."""
+        self._lines.leave(self)
+
+    async def turn(self) -> float:
+        """Wait as long as others are to have the link; return the seconds."""
         if self.go.is_set():
-            return False
+            return 0.0
+        self.held_at = self.left
         began = self._lines.now()
         while not self.go.is_set():
             try:
@@ -102,7 +109,7 @@ class Line:
                 now = self._lines.now()
                 if now - began > LATE or now - self._lines.last > QUIET:
                     self._lines.hold_no_more()
-        return True
+        return self._lines.now() - began
 
 
 class Lines:
@@ -152,19 +159,18 @@ class Lines:
             entry = turn, line
             self._waiting.append(entry)
             try:
-                await turn
+                while not turn.done():
+                    await asyncio.wait([turn], timeout=QUIET)
+                    self._listen()
             except asyncio.CancelledError:
                 if entry in self._waiting:
                     self._waiting.remove(entry)
-                elif not turn.cancelled():
-                    self._leave(line)  # it came in the moment in which we were cancelled
+                self.leave(line)  # it may have come in the moment in which we were cancelled
                 raise
         try:
             yield line
         finally:
-            self._leave(line)
-            # With fewer blobs, what one of them gets is to be measured before it comes in parts.
-            self._worth = min(self._worth, self._used)
+            self.leave(line)
 
     def more(self) -> bool:
         """Tell whether there is a free one for parts of a blob, and it may bring more."""
@@ -196,11 +202,14 @@ class Lines:
         self._bytes, self._since = 0, now
         known = {n: rate for n, (rate, at) in self._rates.items() if now - at < FORGET}
         self._worth = worth_having(known, self._used, self._most)
-        self._blobs = self._blobs_at_once(known)
         running = [line for line in self._lines if line not in self._held]
+        fewer = self._fewer(known, running)
+        self._blobs = max(self._first, self._worth) if fewer is None else fewer
+        if fewer is None and self._held:
+            self._blobs = max(self._blobs, self._used + len(self._held))
         for line in running:
             line.moved = False
-        while self._used > self._blobs and self._hold(running):
+        while fewer is not None and self._used > fewer and self._hold(running):
             pass
         self._fill()
 
@@ -210,15 +219,33 @@ class Lines:
         self._blobs = max(self._blobs, self._first, self._used + len(self._held))
         self._fill()
 
-    def _blobs_at_once(self, known: Mapping[int, float]) -> int:
-        usual = max(self._first, self._worth)
-        running = [line for line in self._lines if line not in self._held]
-        if not self._may_hold or self._used > len(running):
-            return usual  # some are parts
+    def leave(self, line: Line) -> None:
+        """Leave to others what a blob has had, if it still has it."""
+        if line not in self._lines:
+            return
+        self._lines.remove(line)
+        if line in self._held:
+            self._held.remove(line)
+        else:
+            self._release()
+        # With fewer blobs, what one of them gets is to be measured before it comes in parts.
+        self._worth = min(self._worth, self._used)
+
+    def _listen(self) -> None:
+        """Let more blobs come when those that do bring nothing, whatever they wait for."""
+        if self._blobs < self._first and self.now() - self.last > QUIET:
+            self._blobs, self._enough = self._first, 0
+            self._fill()
+
+    def _fewer(self, known: Mapping[int, float], running: list[Line]) -> int | None:
+        """Return how many blobs are to come at once; None where none is to be held for that."""
+        if not self._may_hold or self._used > len(running):  # some are parts
+            return None
         left = sum(line.left for line in (*self._lines, *(line for _, line in self._waiting)))
-        soon = SOON <= left / max(known[self._used], 1.0) <= LATE
-        if not soon and not self._held and self._blobs >= self._first:
-            return usual
+        seconds = left / max(known[self._used], 1.0)
+        few = bool(self._held) or self._blobs < self._first
+        if seconds > (2 * LATE if few else LATE) or (seconds < SOON and not few):
+            return None
         fewest = enough(known)
         if self._used == self._enough and known[self._used] >= STILL * max(known.values()):
             fewest = self._used
@@ -230,7 +257,7 @@ class Lines:
                 return fewest
         if fewest < self._used:
             # Who brings nothing, waits for somebody else, who may wait for one that we hold.
-            return fewest if all(line.moved for line in running) else usual
+            return fewest if all(line.moved for line in running) else None
         return max(fewest, self._worth)
 
     def _hold(self, running: list[Line]) -> bool:
@@ -243,13 +270,6 @@ class Lines:
                 self._change(-1)
                 return True
         return False
-
-    def _leave(self, line: Line) -> None:
-        self._lines.remove(line)
-        if line in self._held:
-            self._held.remove(line)
-        else:
-            self._release()
 
     def _release(self) -> None:
         self._used -= 1

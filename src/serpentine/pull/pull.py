@@ -167,6 +167,7 @@ def _worth_keeping(job: Job, error: BaseException) -> bool:
 
 async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions) -> None:
     from serpentine.pull.fetch import fetch_blob
+    from serpentine.pull.scan import can_look
     from serpentine.pull.space import need_of
     from serpentine.pull.unpack import Several
 
@@ -180,7 +181,11 @@ async def _fetch_and_unpack(job: Job, image: ResolvedImage, options: PullOptions
     order: Iterable[Descriptor] = plan.fetch
     if at_once > 1:
         sizes = [layer.descriptor.size for layer in plan.unpack]
-        look = worth_a_look(sizes, min(at_once, _processors()))
+        look = [
+            place
+            for place in worth_a_look(sizes, min(at_once, _processors()))
+            if can_look(plan.unpack[place].descriptor.media_type)
+        ]
         job.looked_at.update(plan.unpack[place].descriptor.digest for place in look)
         order = plan.in_order(download_order(sizes, look))
         at_once = at_once if look else 1

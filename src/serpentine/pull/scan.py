@@ -18,9 +18,10 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, Protocol
 
-__all__ = ["HeaderScan", "LayerScan"]
+__all__ = ["HeaderScan", "LayerScan", "can_look"]
 
 # How far the bytes may be ahead of the look at them, in bytes.
 MOST_AHEAD = 1 << 20
@@ -31,7 +32,9 @@ PATIENCE_PART = 0.5
 # Seconds for the rest, once all has been downloaded.
 LAST_PATIENCE = 5.0
 
+_IN = 64 * 1024
 _OUT = 256 * 1024
+_ZSTD_PACKAGE = "compression" if sys.version_info >= (3, 14) else "backports"
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _GZIP = b"\x1f\x8b\x08"
@@ -49,6 +52,16 @@ _OCTAL = re.compile(rb"[0-7]*")
 _RECORD = re.compile(rb"([1-9][0-9]{0,6}) ")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _WHITEOUT = b".wh."
+
+
+def can_look(media_type: str) -> bool:
+    """Tell whether a layer of this type can be read here; what is in it may still say otherwise."""
+    if not media_type.endswith("zstd"):
+        return True
+    try:
+        return find_spec(f"{_ZSTD_PACKAGE}.zstd") is not None
+    except ImportError:
+        return False
 
 
 class _NotAloneError(Exception):
@@ -74,7 +87,7 @@ class HeaderScan:
         if self._failed or self._tar.ended:
             return False
         try:
-            self._take(piece)
+            self._take_all(piece)
         except Exception:  # noqa: BLE001 - broken bytes are for containerd to find, not for a look
             self._failed = True
         return not (self._failed or self._tar.ended)
@@ -83,6 +96,13 @@ class HeaderScan:
     def alone(self) -> bool:
         """Whether all that was fed can be applied without the layers below."""
         return self._begun and not self._failed and self._tar.whole
+
+    def _take_all(self, piece: bytes) -> None:
+        # In small pieces: what follows each of many members is copied.
+        for at in range(0, len(piece), _IN):
+            if self._tar.ended:
+                return
+            self._take(piece[at : at + _IN])
 
     def _take(self, piece: bytes) -> None:
         if not self._begun:

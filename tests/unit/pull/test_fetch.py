@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -17,12 +18,14 @@ from serpentine.errors import (
     SizeMismatch,
     TransferError,
 )
+from serpentine.events import Event, Received, Retrying
 from serpentine.model.digest import Digest
 from serpentine.model.documents import Descriptor
 from serpentine.model.reference import Reference
 from serpentine.pull import fetch
 from serpentine.pull.fetch import fetch_blob
 from serpentine.pull.job import Job
+from serpentine.pull.lines import Line
 from serpentine.registry.throttle import Throttle
 
 DATA = bytes(range(256)) * 1000
@@ -187,3 +190,38 @@ async def test_slow_by_nature_is_no_failure(monkeypatch):
     await fetch_blob(job, BLOB, (0,))
     assert store.committed == DATA
     assert len(hosts.asked) == 1 + fetch.SLOW_TRIES
+
+
+@pytest.mark.parametrize("held", [True, False])
+async def test_a_connection_that_broke_while_we_did_not_read(held):
+    """Whoever gave it up is not to blame, and the time is not his."""
+
+    async def given_up(offset):
+        yield DATA[offset : offset + 1000]
+        if offset == 0:
+            raise TransferError("it ended after 1000 bytes")
+        yield DATA[offset + 1000 :]
+
+    class Held(Line):
+        async def turn(self) -> float:
+            if not held or self.held_at is not None or self.left < len(DATA) - 1000:
+                return 0.0
+            self.held_at = self.left
+            return 5.0
+
+    store, hosts = Store(), Hosts(mirror=given_up, own=right)
+    blamed: list[str] = []
+
+    async def failed(host: str, _why: str) -> None:
+        blamed.append(host)
+
+    hosts.failed = failed
+    events: list[Event] = []
+    job = dataclasses.replace(job_of(store, hosts), on_event=events.append)
+    await fetch_blob(job, BLOB, (0,), Held(job.lines, BLOB.size))
+    assert store.committed == DATA
+    assert hosts.asked == (["mirror", "mirror"] if held else ["mirror", "own"])
+    assert blamed == ([] if held else ["mirror"])
+    assert any(isinstance(event, Retrying) for event in events) is not held
+    first = next(event for event in events if isinstance(event, Received))
+    assert (first.seconds < 0) is held  # five of them were ours
