@@ -7,6 +7,7 @@ import gzip
 import itertools
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -209,9 +211,12 @@ _numbers = itertools.count()
 def packed(entries: list[Entry], number: int) -> Layer:
     """Compress a layer so that no other one has the same blob: containerd must not have it."""
     tar = make_tar(entries)
-    return Layer(
-        gzip.compress(tar, 1, mtime=number), sha256(tar), "application/vnd.oci.image.layer.v1.tar"
-    )
+    if number % 3 == 1:
+        # A frame that is to be passed over.
+        blob = zstandard.compress(tar, 1) + struct.pack("<III", 0x184D2A50, 4, number)
+    else:
+        blob = gzip.compress(tar, 1, mtime=number)
+    return Layer(blob, sha256(tar), "application/vnd.oci.image.layer.v1.tar")
 
 
 def test_comes_out_as_one_after_the_other(containerd, namespace, connect, fake, alone):
