@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import LINKS, Plan
-from bench.images import IMAGES, Blob
+from bench.disk import forget_removed
+from bench.images import IMAGES, Blob, like_each_other
 from bench.link import shaped
 from bench.tools import ROOT, Imported, Serpentine, Tool, decompress_with, left_out, start
 from tests.support.images import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, Pusher, sha256
@@ -24,6 +25,7 @@ from tests.support.servers import RegistryServer, find_containerds
 
 # A pull of what is there takes so little that one of them says little.
 WARM = 3
+SMALL = "bench/first"
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,34 @@ def push(registry: RegistryServer, name: str, layers: Sequence[Blob]) -> str:
     return f"{name}:1"
 
 
+def stored(registry: RegistryServer, layer: Blob) -> Path:
+    """Return where Debian's registry keeps a blob."""
+    algorithm, _, name = layer.digest.partition(":")
+    blobs = registry.storage / "docker" / "registry" / "v2" / "blobs"
+    return blobs / algorithm / name[:2] / name / "data"
+
+
 def compare(
-    case: Case, tools: Sequence[Tool], registry: RegistryServer, reference: str, rounds: int
+    case: Case,
+    tools: Sequence[Tool],
+    registry: RegistryServer,
+    reference: str,
+    rounds: int,
+    *,
+    small: str,
+    served: Sequence[Path],
 ) -> None:
-    """Let each pull in each round, in another order each time; then again, with all there."""
+    """Let each pull in each round, in another order each time; then again, with all there.
+
+    small: an image that each pulls before, so that its programs are in memory; served: the files
+    of the registry, which are to be there, too.
+    """
     for number in range(rounds):
         turn = number % len(tools)
         for tool in (*tools[turn:], *tools[:turn]):
+            forget_removed(served)
+            measure(tool, registry, small)
+            tool.forget(small)
             case.runs.setdefault(tool.name, []).append(measure(tool, registry, reference))
             again = [tool] if tool.warm else []
             if isinstance(tool, Serpentine) and tool.warm:
@@ -182,7 +205,6 @@ def compare(
                     runs = case.runs.setdefault(", ".join(filter(None, [name, "warm", rest])), [])
                     runs.append(measure(one, registry, reference))
             tool.forget(reference)
-            os.sync()
 
 
 def table(case: Case) -> Iterable[str]:
@@ -223,6 +245,7 @@ def measure_pulls(
         for plan in plans:
             layers = IMAGES[plan.image]()
             reference = push(registry, f"bench/{plan.image}", layers)
+            push(registry, SMALL, like_each_other(1))
             for version, binary in containerds.items():
                 if version.startswith(containerd) and plan.older == (version != newest):
                     yield _case(plan, layers, registry, reference, version, binary, rounds)
@@ -264,6 +287,14 @@ def _case(
             if plan.link == "loopback"
             else shaped(registry.port, LINKS[plan.link])
         )
-        compare(case, tools, registry, f"{address}/{reference}", rounds)
+        compare(
+            case,
+            tools,
+            registry,
+            f"{address}/{reference}",
+            rounds,
+            small=f"{address}/{SMALL}:1",
+            served=[stored(registry, one) for one in layers],
+        )
     print("\n".join(table(case)), flush=True)
     return asdict(case)
