@@ -65,6 +65,8 @@ async def pull_with(server: ContainerdServer, fault: Fault) -> list[Request]:
     """
     made = layers(*SIZES, seed=fault.kind)
     given = {"address": server.address, "namespace": f"watch-{uuid.uuid4().hex[:8]}"}
+    # A number, so that none is held for the others: they share the link to the end.
+    given["max_concurrent_downloads"] = 3
     with FaultyRegistry(faults=[fault], bandwidth=SPEED) as registry:
         reference = registry.add(image(made), "watch/five", "1")
         async with serpentine.connect(settings=load(given)) as engine:
