@@ -25,6 +25,7 @@ from tests.support.servers import RegistryServer, find_containerds
 
 # A pull of what is there takes so little that one of them says little.
 WARM = 3
+# What each program pulls first, so that it is in memory.
 SMALL = "bench/first"
 
 

@@ -125,7 +125,8 @@ class Settings:
         where that is measured to bring more, and fewer for a while where that brings as much.
     max_concurrent_unpacks: layers that containerd unpacks at once, per pull, where it can put one
         onto the one below afterwards (2.2 and later).  1 means one after the other, None twice as
-        many as there are processors, 8 at most, and one after the other where layers are small.
+        many as there are processors, 8 at most, half as many as there are while blobs still come,
+        and one after the other where layers are small.
     max_connections: to one host, for all pulls of an engine.
     limit_rate: bytes per second that all downloads of an engine take together (``500k``, ``10M``);
         None for no limit.
