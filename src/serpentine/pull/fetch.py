@@ -101,6 +101,7 @@ class _Way:
     slow: how often it was begun anew for being far behind the others.
     careful: the write stream broke, and we would like to know why.
     served: the endpoint that served last.  broken: how many parts did not come.
+    line: its connection among those of the pull.
     """
 
     line: Line
