@@ -170,9 +170,9 @@ async def test_nobody_asks_before_the_time(server, date):
         after = [r for r in registry.requests if r.arrival > refused.end]
         early = [(r.method, r.target, r.arrival - until_when) for r in after]
         assert min(wait for *_, wait in early) >= 0, early
-        # The three are asked for before, and all else was waiting for the time to come.
+        # Three at once are asked for before, and all else was waiting for the time to come.
         before = [r for r in registry.requests if r.what == "blob" and r not in after]
-        assert len(before) == 3
+        assert len([r for r in before if r is refused or r.end >= refused.end]) <= 3 <= len(before)
         assert [r.path for r in after if r.digest == small[BAD].digest] == [refused.path]
         assert {r.path.split("/blobs/")[0] for r in after if r.what == "blob"} == {
             "/v2/patience/one",

@@ -9,7 +9,7 @@ import grpc
 from serpentine import errors
 from serpentine.errors import ContainerdError
 
-__all__ = ["translate"]
+__all__ = ["translate", "why_ended"]
 
 _BY_CODE: dict[grpc.StatusCode, type[ContainerdError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFound,
@@ -71,3 +71,10 @@ def translate(code: grpc.StatusCode, details: str | None) -> ContainerdError:
         kind = errors.Unavailable
         details = f"the connection was cut ({details})"
     return kind(f"containerd: {details}", code=code.name, hint=_HINTS.get(kind, ""))
+
+
+def why_ended(code: grpc.StatusCode, details: str | None) -> ContainerdError:
+    """Return the error for a call that ended so, and sooner than it should have."""
+    if code is grpc.StatusCode.OK:
+        return errors.Unavailable("containerd ended a write before it was complete")
+    return translate(code, details)

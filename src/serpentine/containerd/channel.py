@@ -8,14 +8,16 @@ import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from serpentine.containerd._errors import translate
+from serpentine.containerd._errors import translate, why_ended
+from serpentine.containerd._http2 import Buffer
+from serpentine.containerd.duplex import Duplex, SocketDuplex, has_sockets
 from serpentine.containerd.endpoint import Endpoint
-from serpentine.errors import DaemonPermission, DaemonUnreachable, Unavailable
+from serpentine.errors import ContainerdError, DaemonPermission, DaemonUnreachable, Unavailable
 
 __all__ = ["UNARY_TIMEOUT", "Channel", "unreachable"]
 
@@ -60,6 +62,7 @@ class Channel:
         self.endpoint = endpoint
         self.namespace = namespace
         self._channel: grpc.aio.Channel | None = None
+        self._duplexes: set[SocketDuplex[Any]] = set()
         self._closed = False
 
     def open(self) -> grpc.aio.Channel:
@@ -84,6 +87,8 @@ class Channel:
     async def close(self) -> None:
         """Close the connection for good; calls under way raise Unavailable."""
         channel, self._channel, self._closed = self._channel, None, True
+        for duplex in self._duplexes:
+            duplex.fail(self._closed_error())
         if channel is not None:
             await channel.close()
 
@@ -158,14 +163,26 @@ class Channel:
     @asynccontextmanager
     async def duplex(
         self, method: str, answer: type[_M], *, lease: str | None = None
-    ) -> AsyncIterator[grpc.aio.StreamStreamCall[Any, _M]]:
+    ) -> AsyncIterator[Duplex[_M]]:
         """Open a method with many requests and many answers; leaving the context ends it."""
-        make = self.open().stream_stream(
+        path = self.endpoint.socket_path
+        if path is not None and has_sockets():
+            if self._closed:
+                raise self._closed_error()
+            own = await SocketDuplex.open(path, method, self.metadata(lease), answer)
+            self._duplexes.add(own)
+            try:
+                yield own
+            finally:
+                self._duplexes.discard(own)
+                own.cancel()
+            return
+        make: grpc.aio.StreamStreamMultiCallable[bytes, _M] = self.open().stream_stream(
             method,
-            request_serializer=_serialize,
+            request_serializer=None,
             response_deserializer=answer.FromString,
         )
-        call = make(metadata=self.metadata(lease))
+        call: _GrpcDuplex[_M] = _GrpcDuplex(make(metadata=self.metadata(lease)))
         try:
             with self._calling():
                 yield call
@@ -218,6 +235,48 @@ class Channel:
             probe.close()
 
 
+class _GrpcDuplex(Generic[_M]):
+    """A call of grpcio's, see ``Duplex``."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall[Any, _M]) -> None:
+        self._call = call
+
+    @property
+    def is_open(self) -> bool:
+        return not self._call.done()
+
+    async def send(self, parts: Sequence[Buffer]) -> None:
+        try:
+            await self._call.write(b"".join(parts))
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            # The server has ended the call (InvalidStateError is grpcio's word for writing to
+            # one): its status tells why.
+            raise await self.error() from error
+
+    async def receive(self) -> _M | None:
+        try:
+            answer = await self._call.read()
+        except grpc.RpcError as error:
+            raise await self.error() from error
+        if answer is not grpc.aio.EOF:
+            return answer  # type: ignore[return-value]
+        if await self._call.code() is not grpc.StatusCode.OK:
+            raise await self.error()
+        return None
+
+    async def finish(self) -> None:
+        try:
+            await self._call.done_writing()
+        except grpc.RpcError as error:
+            raise await self.error() from error
+
+    async def error(self) -> ContainerdError:
+        return why_ended(await self._call.code(), await self._call.details())
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
 def unreachable(endpoint: Endpoint, why: str) -> DaemonUnreachable:
     """Return the error for an endpoint that cannot be used."""
     return DaemonUnreachable(
@@ -227,5 +286,5 @@ def unreachable(endpoint: Endpoint, why: str) -> DaemonUnreachable:
     )
 
 
-def _serialize(message: Message | bytes) -> bytes:
-    return message if isinstance(message, bytes) else message.SerializeToString()
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()

@@ -6,17 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
-import grpc
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from serpentine._concurrency import shielded
 from serpentine.containerd._convert import label_mask, time_from
-from serpentine.containerd._errors import translate
+from serpentine.containerd._http2 import Buffer
 from serpentine.containerd._proto import content_pb2 as pb
 from serpentine.containerd.channel import Channel
+from serpentine.containerd.duplex import Duplex
 from serpentine.containerd.leases import Leases
 from serpentine.containerd.types import BlobInfo, IngestStatus, Resource
 from serpentine.errors import (
@@ -26,7 +26,6 @@ from serpentine.errors import (
     Locked,
     NotFound,
     ResourceExhausted,
-    Unavailable,
 )
 from serpentine.model.digest import Digest
 
@@ -44,8 +43,6 @@ MAX_IN_FLIGHT = 2
 
 # How a field of bytes begins on the wire: its number, and "so many bytes follow".
 _DATA_TAG = pb.WriteContentRequest.DESCRIPTOR.fields_by_name["data"].number << 3 | 2
-
-Buffer: TypeAlias = bytes | memoryview
 
 # How often to look whether an ingest that another client holds is gone, in seconds.
 POLL_FIRST = 0.002
@@ -323,7 +320,7 @@ class ContentWriter:
     def __init__(
         self,
         content: Content,
-        call: grpc.aio.StreamStreamCall[Any, pb.WriteContentResponse],
+        call: Duplex[pb.WriteContentResponse],
         ref: str,
         total: int,
         expected: Digest | None,
@@ -344,12 +341,12 @@ class ContentWriter:
     @property
     def is_open(self) -> bool:
         """Whether the stream stands, and with it our hold of the ref."""
-        return not self._call.done()
+        return self._call.is_open
 
     async def check(self) -> None:
         """Raise what ended the stream, if anything has."""
-        if self._call.done():
-            raise await self._ended()
+        if not self._call.is_open:
+            raise await self._call.error()
 
     async def _open(self) -> Self:
         await self._send(pb.STAT, ref=self.ref)
@@ -437,22 +434,13 @@ class ContentWriter:
             labels=labels or {},
         )
         self._in_flight += 1
-        try:
-            await self._call.write(_with_data(message, data) if data else message)
-        except (grpc.RpcError, asyncio.InvalidStateError) as error:
-            # The server has ended the call (InvalidStateError is grpcio's word for writing to
-            # one): its status tells why.
-            raise await self._ended() from error
+        await self._call.send(_parts(message, data))
 
     async def _answer(self) -> pb.WriteContentResponse:
-        try:
-            answer = await self._call.read()
-        except grpc.RpcError as error:
-            raise await self._ended() from error
-        if answer is grpc.aio.EOF:
-            raise await self._ended()
+        answer = await self._call.receive()
+        if answer is None:
+            raise await self._call.error()
         self._in_flight -= 1
-        assert isinstance(answer, pb.WriteContentResponse)
         return answer
 
     async def _settle(self) -> None:
@@ -461,36 +449,30 @@ class ContentWriter:
 
     async def _drain(self) -> None:
         """Read to the end of the stream: the call counts as cancelled otherwise (trap 10)."""
-        try:
-            await self._call.done_writing()
-            while await self._call.read() is not grpc.aio.EOF:
-                pass
-        except grpc.RpcError as error:
-            raise await self._ended() from error
-
-    async def _ended(self) -> ContainerdError:
-        code = await self._call.code()
-        if code is grpc.StatusCode.OK:
-            return Unavailable("containerd ended a write before it was complete")
-        return translate(code, await self._call.details())
+        await self._call.finish()
+        while await self._call.receive() is not None:
+            pass
 
     def __repr__(self) -> str:
         return f"<ContentWriter {self.ref} at {self.offset} of {self.total}>"
 
 
-def _with_data(message: pb.WriteContentRequest, data: Sequence[Buffer]) -> bytes:
-    """Return the message serialized, with these bytes as its data.
+def _parts(message: pb.WriteContentRequest, data: Sequence[Buffer]) -> list[Buffer]:
+    """Return the message serialized, with these bytes as its data, in parts that follow each other.
 
-    Fields may stand in any order, so that the large one is put after the others as it is: each
-    byte is copied once, where protobuf copies it three times (a third of our processor's time).
+    Fields may stand in any order, so that the large one is put after the others as it is: protobuf
+    would copy it three times (a third of our processor's time).
     """
-    left = sum(len(part) for part in data)
-    head = bytearray([_DATA_TAG])
-    while left > 0x7F:
-        head.append(left & 0x7F | 0x80)
-        left >>= 7
-    head.append(left)
-    return b"".join([message.SerializeToString(), head, *data])
+    size = sum(len(part) for part in data)
+    if not size:
+        return [message.SerializeToString()]
+    head = bytearray(message.SerializeToString())
+    head.append(_DATA_TAG)
+    while size > 0x7F:
+        head.append(size & 0x7F | 0x80)
+        size >>= 7
+    head.append(size)
+    return [bytes(head), *data]
 
 
 def _blob_info(info: pb.Info) -> BlobInfo:
