@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 import re
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from serpentine.containerd import ContentWriter
 from serpentine.events import Received, Retrying
 from serpentine.pull import fetch, lines
+from serpentine.pull.processors import Idle
 from serpentine.settings import Settings
 from tests.support.contents import NOTHING
 from tests.support.fake_registry import Answer, FakeRegistry, Seen
@@ -30,6 +33,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(fetch, "PARTS_SECONDS", 0.2)
     monkeypatch.setattr(fetch, "REPORT_EVERY", 0.02)
     monkeypatch.setattr(fetch, "PART", PART)
+    # However busy the machine of the tests is.
+    monkeypatch.setattr(fetch, "PROCESSORS_IDLE", 0.0)
     monkeypatch.setattr(lines, "SETTLE", 0.05)
     monkeypatch.setattr(lines, "WINDOW", 0.1)
     with FakeRegistry() as registry:
@@ -153,6 +158,24 @@ async def test_not_where_nobody_says_that_it_can_be_done(containerd, namespace, 
     async with containerd.connect(namespace=namespace) as engine:
         await engine.pull_image(reference)
     assert [seen.headers.get("range") for seen in fake.requests(layer.digest)] == [None]
+
+
+@pytest.mark.parametrize("idle", [0.24, 0.26])
+async def test_not_with_all_processors_at_work(containerd, namespace, fake, monkeypatch, idle):
+    """Other connections would have nothing to bring more with."""
+    monkeypatch.setattr(fetch, "PROCESSORS_IDLE", 0.25)
+    looks = itertools.count()
+
+    def looked() -> Idle:
+        now = float(next(looks))
+        return Idle(now, now * idle * (os.cpu_count() or 1))
+
+    monkeypatch.setattr(fetch, "idle_so_far", looked)
+    reference, _ = add(fake, f"busy-{idle}")
+    async with containerd.connect(namespace=namespace) as engine:
+        await engine.pull_image(reference)
+    assert next(looks) > 1, "it was never asked for"
+    assert bool(ranges(fake)) == (idle > 0.25)
 
 
 async def test_a_part_breaks_while_another_is_written(containerd, namespace, fake, monkeypatch):

@@ -51,7 +51,7 @@ _OPENING = b"".join(
 _LARGEST_ANSWER = 16 * 1024 * 1024
 _LARGEST_HEADERS = 64 * 1024
 
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 
 
 class Status(NamedTuple):
@@ -78,7 +78,7 @@ class Call:
         self.answers: deque[bytes] = deque()
         self.status: Status | None = None
         self._unsent: deque[memoryview] = deque()
-        self._finishing = False
+        self._finishing = self._finished = False
         self._connection_window = self._stream_window = self._first_window = _WINDOW
         self._largest_frame = _FRAME
         self._came = bytearray()
@@ -119,7 +119,7 @@ class Call:
 
     def finish(self) -> None:
         """Say that no message follows those that were given."""
-        self._finishing = True
+        self._finishing = not self._finished
         self._fill()
 
     def received(self, data: bytes) -> None:
@@ -182,13 +182,16 @@ class Call:
             self._connection_window -= size
             self._stream_window -= size
         if self._finishing:
-            self._finishing = False
+            self._finishing, self._finished = False, True
             self._frame(_DATA, _END_STREAM, _STREAM, b"")
 
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if (self._headers is not None) != (kind == _CONTINUATION):
             raise _BrokenError("headers are interrupted")
-        if kind in (_DATA, _HEADERS, _RST_STREAM, _CONTINUATION) and stream != _STREAM:
+        if stream != _STREAM and (
+            kind in (_DATA, _HEADERS, _RST_STREAM, _CONTINUATION)
+            or (kind == _WINDOW_UPDATE and stream)
+        ):
             raise _BrokenError("a frame is of a stream that was never opened")
         if kind == _DATA:
             self._take_data(_unpadded(flags, payload))
@@ -248,7 +251,7 @@ class Call:
         if not self._headers_flags & _END_STREAM:
             return
         number = headers.get("grpc-status", "")
-        code = _CODES.get(int(number) if number.isdecimal() else -1, grpc.StatusCode.UNKNOWN)
+        code = _CODES.get(number, grpc.StatusCode.UNKNOWN)
         self.end(code, unquote(headers.get("grpc-message", "")))
 
     def _take_settings(self, payload: bytes) -> None:
@@ -256,11 +259,13 @@ class Call:
             raise _BrokenError("its settings are cut off")
         for name, value in _SETTING.iter_unpack(payload):
             if name == _INITIAL_WINDOW_SIZE:
+                if value > _LARGEST_WINDOW:
+                    raise _BrokenError("a window is opened too far")
                 # Counts for what was sent before, too: the window can be below zero then.
                 self._stream_window = _window(self._stream_window, value - self._first_window)
                 self._first_window = value
             elif name == _MAX_FRAME_SIZE:
-                self._largest_frame = max(value, _FRAME)
+                self._largest_frame = min(max(value, _FRAME), 2**24 - 1)
 
     def _take_window(self, stream: int, payload: bytes) -> None:
         more = int.from_bytes(payload, "big") & _LARGEST_WINDOW

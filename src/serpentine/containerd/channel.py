@@ -172,6 +172,8 @@ class Channel:
             own = await SocketDuplex.open(path, method, self.metadata(lease), answer)
             self._duplexes.add(own)
             try:
+                if self._closed:  # while it connected
+                    raise self._closed_error()
                 yield own
             finally:
                 self._duplexes.discard(own)
