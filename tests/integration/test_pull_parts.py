@@ -11,7 +11,7 @@ import pytest
 
 from serpentine.containerd import ContentWriter
 from serpentine.events import Received, Retrying
-from serpentine.pull import fetch, lines
+from serpentine.pull import fetch, lines, processors
 from serpentine.pull.processors import Idle
 from serpentine.settings import Settings
 from tests.support.contents import NOTHING
@@ -35,6 +35,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(fetch, "PART", PART)
     # However busy the machine of the tests is.
     monkeypatch.setattr(fetch, "PROCESSORS_IDLE", 0.0)
+    monkeypatch.setattr(processors, "LOOK_EVERY", 0.05)
     monkeypatch.setattr(lines, "SETTLE", 0.05)
     monkeypatch.setattr(lines, "WINDOW", 0.1)
     with FakeRegistry() as registry:
@@ -170,7 +171,7 @@ async def test_not_with_all_processors_at_work(containerd, namespace, fake, monk
         now = float(next(looks))
         return Idle(now, now * idle * (os.cpu_count() or 1))
 
-    monkeypatch.setattr(fetch, "idle_so_far", looked)
+    monkeypatch.setattr(processors, "idle_so_far", looked)
     reference, _ = add(fake, f"busy-{idle}")
     async with containerd.connect(namespace=namespace) as engine:
         await engine.pull_image(reference)
@@ -195,7 +196,7 @@ async def test_a_part_breaks_while_another_is_written(containerd, namespace, fak
             if ranges(fake):
                 await asyncio.sleep(0.15)
         except asyncio.CancelledError:
-            self._call.cancel()  # as grpcio does it while it waits
+            self._call.cancel()  # as grpcio does it, over TCP
             raise
         return await answer(self)
 

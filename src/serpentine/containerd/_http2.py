@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 from urllib.parse import unquote
 
 import grpc
-from hpack import Decoder, Encoder, HPACKError
+from hpack import Decoder, HPACKError
 
 __all__ = ["Buffer", "Call", "Status"]
 
@@ -85,6 +85,7 @@ class Call:
         self._message = bytearray()
         self._headers: bytearray | None = None
         self._headers_flags = 0
+        self._farewell = ""
         self._decoder = Decoder(max_header_list_size=_LARGEST_HEADERS)
         headers = [
             (":method", "POST"),
@@ -96,7 +97,7 @@ class Call:
             ("user-agent", "serpentine"),
             *metadata,
         ]
-        block = Encoder().encode(headers)
+        block = b"".join(_literal(name) + _text(value) for name, value in headers)
         kind = _HEADERS
         while kind == _HEADERS or block:
             part, block = block[:_FRAME], block[_FRAME:]
@@ -142,6 +143,7 @@ class Call:
 
     def lost(self, why: str) -> None:
         """Take it that the connection has ended."""
+        why = f"{why}, saying {self._farewell!r}" if self._farewell else why
         self.end(grpc.StatusCode.UNAVAILABLE, f"the connection was lost: {why}")
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
@@ -214,9 +216,11 @@ class Call:
             self._frame(_SETTINGS, _ACK, 0, b"")
         elif kind == _PING and not flags & _ACK:
             self._frame(_PING, _ACK, 0, payload)
-        elif kind == _GOAWAY and int.from_bytes(payload[:4], "big") & _LARGEST_WINDOW < _STREAM:
-            # With a higher number, containerd is about to stop and lets the call come to its end.
-            self.end(grpc.StatusCode.UNAVAILABLE, "containerd takes no calls any more")
+        elif kind == _GOAWAY:
+            # With a high number, containerd is about to stop and lets the call come to its end.
+            if int.from_bytes(payload[:4], "big") & _LARGEST_WINDOW < _STREAM:
+                self.end(grpc.StatusCode.UNAVAILABLE, "containerd takes no calls any more")
+            self._farewell = payload[8:108].decode("ascii", "replace")
         elif kind == _WINDOW_UPDATE:
             self._take_window(stream, payload)
         elif kind == _PUSH_PROMISE:
@@ -275,6 +279,30 @@ class Call:
             self._connection_window = _window(self._connection_window, more)
         else:
             self._stream_window = _window(self._stream_window, more)
+
+
+def _literal(name: str) -> bytes:
+    """Begin a header that no intermediary may remember (RFC 7541, section 6.2.3).
+
+    Not by ``hpack``, which logs what it encodes, a token too.
+    """
+    return b"\x10" + _text(name)
+
+
+def _text(text: str) -> bytes:
+    """Return a string as HPACK has it, not compressed (RFC 7541, section 5.2)."""
+    data = text.encode("ascii")
+    size, head = len(data), bytearray()
+    if size < 0x7F:
+        head.append(size)
+    else:
+        head.append(0x7F)
+        size -= 0x7F
+        while size > 0x7F:
+            head.append(size & 0x7F | 0x80)
+            size >>= 7
+        head.append(size)
+    return bytes(head) + data
 
 
 def _window(now: int, more: int) -> int:

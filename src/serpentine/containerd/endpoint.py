@@ -36,7 +36,8 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         for key, value in self.metadata:
-            if not _KEY.fullmatch(key) or not _VALUE.fullmatch(value):
+            # gRPC takes what ends in "-bin" for bytes in base64.
+            if not _KEY.fullmatch(key) or key.endswith("-bin") or not _VALUE.fullmatch(value):
                 # Without the value, which may be a token.
                 raise InvalidSetting(
                     f"the metadata {key!r} for {self} cannot be sent",

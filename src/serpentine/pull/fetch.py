@@ -28,7 +28,7 @@ from serpentine.model.documents import Descriptor
 from serpentine.pull.job import Job
 from serpentine.pull.lines import Line
 from serpentine.pull.parts import PART, PARTS_AHEAD, Part, Parts
-from serpentine.pull.processors import Idle, idle_so_far
+from serpentine.pull.processors import Processors
 from serpentine.pull.scan import LayerScan
 
 __all__ = ["blob_ref", "fetch_blob", "source_labels"]
@@ -89,8 +89,9 @@ async def fetch_blob(
             except Locked:
                 await waiting.pause(job, blob, places)
             except Unavailable:
-                # gRPC's Python forgets why a stream ended if we wrote to it before it knew: a full
-                # disk looks like this, too.  Once more, with an answer before each next message.
+                # Over TCP, gRPC's Python forgets why a stream ended if we wrote to it before it
+                # knew: a full disk looks like this, too.  Once more, with an answer before each
+                # next message.
                 if way.careful:
                     raise
                 way.careful = True
@@ -247,10 +248,10 @@ async def _download(
     stream = object()
     start = writer.offset
     began = reported = now()
-    looked = await asyncio.to_thread(idle_so_far)
     # Bytes, and the seconds that we waited for them: what containerd takes does not count.
     size = since = 0
     waited = idle = 0.0
+    processors = Processors()
     host = endpoint = ""
     try:
         async with job.repository.open_blob(
@@ -281,14 +282,14 @@ async def _download(
                         rate = since / (asked - reported)
                         job.speeds.note(stream, rate)
                         idle /= asked - reported
+                        await processors.look(asked)
                         if (
                             body.ranges
                             and way.broken < PARTS_BROKEN
+                            and (processors.idle or 0.0) >= PROCESSORS_IDLE
                             and _parts_pay(job, blob, writer, rate, idle)
                         ):
-                            before, looked = looked, await asyncio.to_thread(idle_so_far)
-                            if _processors_left(before, looked):
-                                return True
+                            return True
                         reported, since, idle = asked, 0, 0.0
                     if waited >= WINDOW:
                         compare = way.slow < SLOW_TRIES
@@ -338,17 +339,12 @@ def _parts_pay(job: Job, blob: Descriptor, writer: ContentWriter, rate: float, i
     """Tell whether what is left may come faster in parts.
 
     rate: bytes a second, lately; idle: the part of that time in which we waited for the registry
-    and not for a processor or for containerd, which other connections would not make faster.
+    and not for containerd, which other connections would not make faster.
     """
     left = blob.size - writer.offset
     if blob.urls or left < max(PARTS_FROM, rate * PARTS_SECONDS) or idle < PARTS_IDLE:
         return False
     return job.lines.more()
-
-
-def _processors_left(before: Idle | None, now: Idle | None) -> bool:
-    """Tell whether some did nothing in between; where that is not known, they did."""
-    return before is None or now is None or now.share_since(before) >= PROCESSORS_IDLE
 
 
 async def _download_in_parts(

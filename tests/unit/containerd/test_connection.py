@@ -279,7 +279,13 @@ class TestWhatIsSent:
 
     @pytest.mark.parametrize(
         "pair",
-        [("Authorization", "s3cr3t"), ("a b", "s3cr3t"), ("a", "s3cr3t\n"), ("a", "s3cr3tü")],
+        [
+            ("Authorization", "s3cr3t"),
+            ("a b", "s3cr3t"),
+            ("a", "s3cr3t\n"),
+            ("a", "s3cr3tü"),
+            ("a-bin", "s3cr3t"),
+        ],
     )
     def test_metadata_that_cannot_be_sent(self, pair):
         with pytest.raises(InvalidSetting, match="cannot be sent") as error:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import logging
+import os
 import random
+import resource
 import socket
 import struct
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -178,6 +182,17 @@ class TestGrpc:
         assert metadata["containerd-namespace"] == "n"
         assert metadata["containerd-lease"] == "l"
         assert metadata["authorization"] == "t" * 7000
+
+    async def test_no_token_is_logged(self, served, path, caplog):
+        caplog.set_level(logging.DEBUG)
+        secret = "s3cr3t-" + "t" * 130
+        endpoint = Endpoint(f"unix://{path}", metadata=(("authorization", secret),))
+        async with Channel(endpoint, "n").duplex(METHOD, BytesValue) as call:
+            await call.finish()
+            assert await call.receive() is None
+        assert served.seen[0][1]["authorization"] == secret
+        assert "s3cr3t" not in caplog.text
+        assert secret.encode().hex() not in caplog.text
 
     async def test_large_trailers(self, served, channel):
         async with channel.duplex(METHOD, BytesValue) as call:
@@ -662,6 +677,51 @@ class TestTheServerEndsIt:
                     await Peer(connection).eof()
 
     @both
+    async def test_by_the_system(self, channel, how, monkeypatch):
+        """What it cannot send is lost, with the connection; it says no more than that."""
+
+        def no_memory(*_):
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+        async with sending(channel, how) as (call, peer, task):
+            monkeypatch.setattr(call, "_socket", Failing(call._socket, no_memory))
+            if how == "window":
+                await peer.open(2**24)
+            else:
+                while await asyncio.get_running_loop().sock_recv(peer.socket, 65536):
+                    pass
+            with pytest.raises(Unavailable, match="connection was lost: No buffer space"):
+                await task
+            with pytest.raises(Unavailable, match="connection was lost: No buffer space"):
+                await call.receive()
+
+    async def test_by_a_mistake_of_ours(self, channel, monkeypatch):
+        """In what the loop calls: it would log it, and who waits would wait for ever."""
+        loop = asyncio.get_running_loop()
+        told: list[dict] = []
+        monkeypatch.setattr(loop, "call_exception_handler", told.append)
+        async with connected(channel) as (call, peer):
+            task = await started(call.receive())
+
+            def mistaken(_):
+                raise ZeroDivisionError
+
+            monkeypatch.setattr(call._call, "received", mistaken)
+            await peer.answer(b"a")
+            with pytest.raises(ContainerdError, match=r"could not be read \(ZeroDivisionError"):
+                await task
+            assert not call.is_open
+        assert [type(each["exception"]) for each in told] == [ZeroDivisionError]
+
+    async def test_with_a_word_of_farewell(self, channel):
+        async with connected(channel) as (call, peer):
+            last = struct.pack(">LL", 2**31 - 1, 11) + b"too_many_pings"
+            peer.socket.sendall(bytes([0, 0, len(last), 7, 0, 0, 0, 0, 0]) + last)
+            peer.close()
+            with pytest.raises(Unavailable, match="closed it, saying 'too_many_pings'"):
+                await call.receive()
+
+    @both
     async def test_the_connection_ends_with_the_call(self, channel, how):
         """Also while the context stands, so that what containerd holds for it is free."""
         async with sending(channel, how) as (_, peer, task):
@@ -669,6 +729,17 @@ class TestTheServerEndsIt:
             with pytest.raises(errors.ResourceExhausted):
                 await task
             await peer.eof()
+
+
+class Failing:
+    """A socket that fails to send."""
+
+    def __init__(self, real: socket.socket, sendmsg) -> None:
+        self._real = real
+        self.sendmsg = sendmsg
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
 
 
 async def receive(channel: Channel) -> BytesValue | None:
@@ -696,20 +767,21 @@ class TestConnect:
     async def refused(self, channel, why):
         with pytest.raises(Unavailable) as error:
             await receive(channel)
-        assert str(error.value) == f"containerd: cannot connect: {why}"
+        path = channel.endpoint.socket_path
+        assert str(error.value) == f"containerd: cannot connect to {path}: {why}"
         assert error.value.hint
 
     async def test_no_socket(self, channel):
-        await self.refused(channel, "No such file or directory")
+        await self.refused(channel, "no such file or directory")
 
     async def test_nobody_listens(self, channel, path):
         with socket.socket(socket.AF_UNIX) as left_over:
             left_over.bind(path)
-        await self.refused(channel, "Connection refused")
+        await self.refused(channel, "connection refused")
 
     async def test_a_path_that_is_too_long(self, path):
         channel = Channel(Endpoint(f"unix://{path * 20}"), "n")
-        await self.refused(channel, "AF_UNIX path too long")
+        await self.refused(channel, "af_unix path too long")
 
     async def test_a_server_that_is_busy(self, channel, full):
         task = await started(receive(channel))
@@ -725,8 +797,21 @@ class TestConnect:
     async def test_a_server_that_goes_away_meanwhile(self, channel, full):
         task = await started(receive(channel))
         full.close()
-        with pytest.raises(Unavailable, match="cannot connect: Connection refused"):
+        with pytest.raises(Unavailable, match="connection refused"):
             await task
+
+    async def test_no_more_files(self, channel):
+        """Which looking after containerd would not help."""
+        free = os.dup(0)
+        os.close(free)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(errors.ResourceExhausted, match="too many open files") as error:
+                await receive(channel)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert "ulimit -n" in error.value.hint
 
     async def test_cancelled(self, channel, full):
         before = opened()
