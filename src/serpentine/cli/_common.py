@@ -75,12 +75,16 @@ def run(work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
         return await work()
 
+    coroutine = main()
     try:
-        return asyncio.run(main())
+        return asyncio.run(coroutine)
     except asyncio.CancelledError:
         if terminated:
             raise click.exceptions.Exit(EXIT_TERMINATED) from None
         raise
+    finally:
+        # Ctrl-C may come before it has begun, and Python would complain that it never did.
+        coroutine.close()
 
 
 def print_json(value: object) -> None:

@@ -1,12 +1,15 @@
 """The command line without a containerd: help, usage, exit codes, and what it imports."""
 
+import gc
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 import serpentine
+from serpentine.cli import _common
 from serpentine.cli.main import COMMANDS, _run
 
 
@@ -156,3 +159,22 @@ def test_every_public_name_is_there():
     assert dir(serpentine) == sorted(serpentine.__all__)
     with pytest.raises(AttributeError):
         serpentine.no_such_name  # noqa: B018
+
+
+def test_ctrl_c_before_the_work_begins(monkeypatch, capsys):
+    """Python complains of a coroutine that nobody began, behind the one line that counts."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    async def work():
+        pytest.fail("it was begun")
+
+    monkeypatch.setattr("asyncio.run", interrupted)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            _common.run(work)
+        gc.collect()
+    assert seen == []
+    assert capsys.readouterr().err == ""
