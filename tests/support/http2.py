@@ -26,6 +26,17 @@ def frame(message: bytes) -> bytes:
     return b"\0" + len(message).to_bytes(4, "big") + message
 
 
+def server_side() -> h2.connection.H2Connection:
+    """Return the server's end of a connection, which has not said anything yet."""
+    connection = h2.connection.H2Connection(
+        h2.config.H2Configuration(client_side=False, header_encoding="utf-8")
+    )
+    connection.initiate_connection()
+    # h2 changes settings with a second frame only; ours is to be the first.
+    connection.clear_outbound_data_buffer()
+    return connection
+
+
 @dataclass
 class Answer:
     """What came back; ``closed`` if the other side ended the connection before an answer."""

@@ -19,6 +19,7 @@ __all__ = [
     "mounts_from",
     "mounts_to",
     "time_from",
+    "varint",
 ]
 
 
@@ -31,6 +32,16 @@ def time_from(value: Timestamp) -> datetime | None:
     if value.seconds in (0, _GO_ZERO) and not value.nanos:
         return None
     return value.ToDatetime(tzinfo=UTC)
+
+
+def varint(number: int) -> bytes:
+    """Return a number in groups of seven bits, the lowest first, as protobuf and HPACK have it."""
+    groups = bytearray()
+    while number > 0x7F:
+        groups.append(number & 0x7F | 0x80)
+        number >>= 7
+    groups.append(number)
+    return bytes(groups)
 
 
 def descriptor_to(value: Descriptor) -> types_pb2.Descriptor:

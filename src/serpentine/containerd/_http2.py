@@ -15,6 +15,8 @@ from urllib.parse import unquote
 import grpc
 from hpack import Decoder, HPACKError
 
+from serpentine.containerd._convert import varint
+
 __all__ = ["Buffer", "Call", "Status"]
 
 Buffer: TypeAlias = bytes | memoryview
@@ -292,17 +294,8 @@ def _literal(name: str) -> bytes:
 def _text(text: str) -> bytes:
     """Return a string as HPACK has it, not compressed (RFC 7541, section 5.2)."""
     data = text.encode("ascii")
-    size, head = len(data), bytearray()
-    if size < 0x7F:
-        head.append(size)
-    else:
-        head.append(0x7F)
-        size -= 0x7F
-        while size > 0x7F:
-            head.append(size & 0x7F | 0x80)
-            size >>= 7
-        head.append(size)
-    return bytes(head) + data
+    size = len(data)
+    return (bytes([size]) if size < 0x7F else b"\x7f" + varint(size - 0x7F)) + data
 
 
 def _window(now: int, more: int) -> int:

@@ -12,7 +12,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from serpentine._concurrency import shielded
-from serpentine.containerd._convert import label_mask, time_from
+from serpentine.containerd._convert import label_mask, time_from, varint
 from serpentine.containerd._http2 import Buffer
 from serpentine.containerd._proto import content_pb2 as pb
 from serpentine.containerd.channel import Channel
@@ -465,13 +465,8 @@ def _parts(message: pb.WriteContentRequest, data: Sequence[Buffer]) -> list[Buff
     size = sum(len(part) for part in data)
     if not size:
         return [message.SerializeToString()]
-    head = bytearray(message.SerializeToString())
-    head.append(_DATA_TAG)
-    while size > 0x7F:
-        head.append(size & 0x7F | 0x80)
-        size >>= 7
-    head.append(size)
-    return [bytes(head), *data]
+    head = message.SerializeToString() + varint(_DATA_TAG) + varint(size)
+    return [head, *data]
 
 
 def _blob_info(info: pb.Info) -> BlobInfo:

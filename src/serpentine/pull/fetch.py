@@ -53,8 +53,7 @@ PARTS_FROM = 16 << 20
 PARTS_SECONDS = 1.5
 # Measured: 0.75 to 0.95 over a link of 10 or 50 MB/s; on loopback anything.
 PARTS_IDLE = 0.6
-# With all processors at work, other connections have nothing to bring more with.  Measured: 0.53
-# and 0.66 for one layer over a link, up to 0.05 on loopback.
+# Measured: 0.53 and 0.66 for one layer over a link, up to 0.05 on loopback.
 PROCESSORS_IDLE = 0.25
 # So many broken parts, and a blob is no more asked for in parts.
 PARTS_BROKEN = 3
@@ -286,8 +285,7 @@ async def _download(
                         if (
                             body.ranges
                             and way.broken < PARTS_BROKEN
-                            and (processors.idle or 0.0) >= PROCESSORS_IDLE
-                            and _parts_pay(job, blob, writer, rate, idle)
+                            and _parts_pay(job, blob, writer, rate, idle, processors.idle or 0.0)
                         ):
                             return True
                         reported, since, idle = asked, 0, 0.0
@@ -335,14 +333,19 @@ async def _pass_on(
     await job.repository.throttle.take(len(chunk))
 
 
-def _parts_pay(job: Job, blob: Descriptor, writer: ContentWriter, rate: float, idle: float) -> bool:
+def _parts_pay(
+    job: Job, blob: Descriptor, writer: ContentWriter, rate: float, idle: float, processors: float
+) -> bool:
     """Tell whether what is left may come faster in parts.
 
     rate: bytes a second, lately; idle: the part of that time in which we waited for the registry
-    and not for containerd, which other connections would not make faster.
+    and not for containerd, which other connections would not make faster; processors: the part of
+    the machine's that did nothing, without which they would have nothing to bring more with.
     """
     left = blob.size - writer.offset
     if blob.urls or left < max(PARTS_FROM, rate * PARTS_SECONDS) or idle < PARTS_IDLE:
+        return False
+    if processors < PROCESSORS_IDLE:
         return False
     return job.lines.more()
 

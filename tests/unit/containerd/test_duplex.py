@@ -18,8 +18,6 @@ import grpc
 import h2.events
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.settings import SettingCodes
 
 from serpentine import errors
@@ -27,6 +25,8 @@ from serpentine.containerd import Endpoint, duplex
 from serpentine.containerd.channel import Channel
 from serpentine.containerd.duplex import SocketDuplex
 from serpentine.errors import ContainerdError, Unavailable
+from tests.support.http2 import frame as message
+from tests.support.http2 import server_side
 
 pytestmark = pytest.mark.timeout(15)
 
@@ -77,10 +77,6 @@ async def cancelled(task: asyncio.Task) -> None:
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
-
-
-def message(data: bytes) -> bytes:
-    return struct.pack(">?L", False, len(data)) + data
 
 
 def answer(value: bytes) -> bytes:
@@ -262,10 +258,7 @@ class Peer:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self.socket = connection
-        self.h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
-        self.h2.initiate_connection()
-        # h2 changes settings with a second frame only; ours is to be the first.
-        self.h2.clear_outbound_data_buffer()
+        self.h2 = server_side()
         self.data = bytearray()
         self.events: list[h2.events.Event] = []
 
@@ -708,7 +701,24 @@ class TestTheServerEndsIt:
 
             monkeypatch.setattr(call._call, "received", mistaken)
             await peer.answer(b"a")
-            with pytest.raises(ContainerdError, match=r"could not be read \(ZeroDivisionError"):
+            with pytest.raises(ContainerdError, match=r"could not be served \(ZeroDivisionError"):
+                await task
+            assert not call.is_open
+        assert [type(each["exception"]) for each in told] == [ZeroDivisionError]
+
+    async def test_by_a_mistake_of_ours_in_sending(self, channel, monkeypatch):
+        loop = asyncio.get_running_loop()
+        told: list[dict] = []
+        monkeypatch.setattr(loop, "call_exception_handler", told.append)
+
+        def mistaken(_):
+            raise ZeroDivisionError
+
+        async with sending(channel, "system") as (call, peer, task):
+            monkeypatch.setattr(call, "_socket", Failing(call._socket, mistaken))
+            while await loop.sock_recv(peer.socket, 65536):
+                pass
+            with pytest.raises(ContainerdError, match=r"could not be served \(ZeroDivisionError"):
                 await task
             assert not call.is_open
         assert [type(each["exception"]) for each in told] == [ZeroDivisionError]

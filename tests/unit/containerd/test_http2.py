@@ -10,14 +10,14 @@ import grpc
 import h2.errors
 import h2.events
 import pytest
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.settings import SettingCodes
 from hpack import Encoder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serpentine.containerd._http2 import Call, Status
+from tests.support.http2 import frame as message
+from tests.support.http2 import server_side
 
 METHOD = "/containerd.services.content.v1.Content/Write"
 DATA, HEADERS, RST_STREAM, SETTINGS, PUSH_PROMISE = 0, 1, 3, 4, 5
@@ -47,10 +47,6 @@ def setting(code: SettingCodes, value: int) -> bytes:
 
 def window(stream: int, more: int) -> bytes:
     return frame(WINDOW_UPDATE, 0, stream, struct.pack(">L", more))
-
-
-def message(data: bytes) -> bytes:
-    return struct.pack(">?L", False, len(data)) + data
 
 
 def messages(data: bytes) -> list[bytes]:
@@ -99,10 +95,7 @@ class Server:
 
     def __init__(self, call: Call, changes: dict[SettingCodes, int] | None = None) -> None:
         self.call = call
-        self.h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
-        self.h2.initiate_connection()
-        # h2 changes settings with a second frame only; ours is to be the first.
-        self.h2.clear_outbound_data_buffer()
+        self.h2 = server_side()
         self.data = bytearray()
         self.events: list[h2.events.Event] = []
         self.to_call = bytearray()
