@@ -15,6 +15,7 @@ FILE keeps the figures, of which bench.chart draws a picture and bench.goals tel
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from bench.goals import as_data, lines
 from bench.images import CACHE, IMAGES, six_layers
 from bench.pull import measure_pulls, push
 from bench.run import measure as measure_steps
-from bench.tools import left_out, missing, versions
+from bench.tools import ROOT, left_out, missing, versions
 from tests.support.servers import RegistryServer
 
 
@@ -54,6 +55,9 @@ def main() -> None:
         help="write the figures into this file (without it: .cache/bench/figures.json)",
     )
     arguments = parser.parse_args()
+    # As pip does when it installs us.  Where Python is told to write no bytecode, each of our
+    # starts would compile all that it imports.
+    compileall.compile_dir(ROOT / "src", quiet=1)
     kept: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": platform.platform(),

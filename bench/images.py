@@ -74,6 +74,14 @@ def many_files() -> list[Blob]:
     return [_made("many-files", lambda: _files("files", 100_000, 1_000))]
 
 
+def huge_layers() -> list[Blob]:
+    """Return ten layers of about 1 GB, which take 50 GB of disk and a quarter of an hour."""
+    return [
+        _made(f"huge-{number}", partial(_files, f"huge-{number}", 27, 100_000_000))
+        for number in range(10)
+    ]
+
+
 def small_layers() -> list[Blob]:
     """Return one layer of about 1 MB."""
     return [_layer("small", ["busybox-static"])]
@@ -88,6 +96,7 @@ IMAGES: dict[str, Callable[[], list[Blob]]] = {
     "hundred-twenty": lambda: like_each_other(120),
     "files": many_files,
     "zstd": zstd_layers,
+    "huge": huge_layers,  # only when asked for
 }
 
 
