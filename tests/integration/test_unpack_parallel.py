@@ -26,6 +26,7 @@ from serpentine.containerd.introspection import Introspection
 from serpentine.containerd.snapshots import Snapshots
 from serpentine.errors import ContainerdError, LayerError, NoSpace, SerpentineError
 from serpentine.pull import unpack
+from serpentine.pull.fetch import LABEL_ALONE
 from serpentine.pull.scan import LayerScan
 from serpentine.settings import Settings
 from tests.conftest import _clean
@@ -498,6 +499,56 @@ async def test_what_was_begun_is_not_looked_at(containerd, connect, fake, alone,
         last = fake.requests(f"GET .*{layers[1].digest}")[-1]
         assert last.headers["range"] in (f"bytes={MESSAGE_SIZE}-", f"bytes={2 * MESSAGE_SIZE}-")
     assert not alone
+
+
+@pytest.mark.parametrize("rules", ["1", "0"])
+async def test_what_was_seen_of_a_blob_is_known_afterwards(
+    containerd, connect, fake, alone, applying, monkeypatch, rules
+):
+    """A pull that finds the blobs unpacks them as the one that brought them would have."""
+    layers = stack_of(*"HIJK")
+    reference = fake.add("seen/before", "1", image(layers))
+    monkeypatch.setattr("serpentine.pull.fetch._RULES", rules)
+    ever = asyncio.Event()
+
+    async def wait(_):
+        await ever.wait()
+
+    applying.act = wait
+
+    async with connect(4) as engine:
+        blobs = engine.containerd.content
+
+        async def all_there() -> bool:
+            there = {str(info.digest): info.labels for info in await blobs.all()}
+            looked_at = layers[1:] if rebases(containerd) else []
+            return all(one.digest in there for one in layers) and all(
+                there[one.digest].get(LABEL_ALONE) == rules for one in looked_at
+            )
+
+        pull = asyncio.create_task(engine.pull_image(reference))
+        async with asyncio.timeout(20):
+            while not await all_there():  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        pull.cancel()
+        await asyncio.wait([pull])
+
+    async def last(digest):
+        if digest == layers[0].digest:
+            while len(applying.seen) < 4 or applying.now > 1:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.002)
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("serpentine.pull.fetch._RULES", "1")
+    monkeypatch.setattr(LayerScan, "__init__", never)
+    known = rebases(containerd) and rules == "1"
+    applying.act = last if known else None
+    applying.seen.clear()
+    async with connect(4) as engine, asyncio.timeout(20):
+        await engine.pull_image(reference)
+    assert len(alone) == (3 if known else 0)
 
 
 async def test_a_download_that_breaks_is_looked_at_all_the_same(containerd, connect, fake, alone):
