@@ -68,6 +68,7 @@ async def snapshots_go(engine, key: str) -> None:
             parent = (await snapshots.stat(key)).parent
             await snapshots.remove(key)
             key = parent
+    assert await snapshots.all() == []
 
 
 # --- Done when 9: the registry is stopped ---------------------------------------------------

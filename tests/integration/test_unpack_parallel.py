@@ -26,8 +26,7 @@ from serpentine.containerd.introspection import Introspection
 from serpentine.containerd.snapshots import Snapshots
 from serpentine.errors import ContainerdError, LayerError, NoSpace, SerpentineError
 from serpentine.pull import unpack
-from serpentine.pull.fetch import LABEL_ALONE
-from serpentine.pull.scan import LayerScan
+from serpentine.pull.scan import LABEL_ALONE, LayerScan
 from serpentine.settings import Settings
 from tests.conftest import _clean
 from tests.integration.test_pull_cancel import CancelAtCall, resumable  # noqa: F401 - a fixture
@@ -111,6 +110,11 @@ def applying(monkeypatch):
         now = most = 0
         seen: list[str]
         act: Callable | None = None
+
+        async def last_of(self, count: int) -> None:
+            """Wait until so many have been begun, and all but the one that waits are done."""
+            while len(self.seen) < count or self.now > 1:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.002)
 
     state = Applying()
     state.seen = []
@@ -302,8 +306,7 @@ async def test_several_are_applied_at_once(containerd, connect, fake, alone, app
 
     async def meet(digest):
         if digest == layers[0].digest:
-            while len(applying.seen) < 4 or applying.now > 1:  # noqa: ASYNC110 - nobody tells
-                await asyncio.sleep(0.002)
+            await applying.last_of(4)
         else:
             await asyncio.sleep(0.05)
 
@@ -337,11 +340,7 @@ async def test_the_lowest_is_committed_first(containerd, connect, fake, alone, a
 
     async def last(digest):
         if digest == layers[0].digest:
-            await until_all()
-
-    async def until_all():
-        while len(applying.seen) < 5 or applying.now > 1:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.002)
+            await applying.last_of(5)
 
     applying.act = last
     async with connect(5) as engine:
@@ -455,8 +454,7 @@ async def test_a_base_that_somebody_else_puts_there_meanwhile(
     async def act(digest):
         if digest != layers[0].digest:
             return
-        while len(applying.seen) < 3 or applying.now > 1:  # noqa: ASYNC110 - nobody tells
-            await asyncio.sleep(0.002)
+        await applying.last_of(3)
         snapshots = engine.containerd.snapshots("overlayfs")
         (key,) = [
             s.labels["containerd.io/snapshot.ref"]
@@ -508,14 +506,8 @@ async def test_what_was_seen_of_a_blob_is_known_afterwards(
     """A pull that finds the blobs unpacks them as the one that brought them would have."""
     layers = stack_of(*"HIJK")
     reference = fake.add("seen/before", "1", image(layers))
-    monkeypatch.setattr("serpentine.pull.fetch._RULES", rules)
-    ever = asyncio.Event()
-
-    async def wait(_):
-        await ever.wait()
-
-    applying.act = wait
-
+    monkeypatch.setattr("serpentine.pull.fetch.ALONE_BY", rules)
+    applying.act = lambda _: asyncio.Event().wait()  # for ever
     async with connect(4) as engine:
         blobs = engine.containerd.content
 
@@ -535,13 +527,12 @@ async def test_what_was_seen_of_a_blob_is_known_afterwards(
 
     async def last(digest):
         if digest == layers[0].digest:
-            while len(applying.seen) < 4 or applying.now > 1:  # noqa: ASYNC110 - nobody tells
-                await asyncio.sleep(0.002)
+            await applying.last_of(4)
 
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr("serpentine.pull.fetch._RULES", "1")
+    monkeypatch.setattr("serpentine.pull.fetch.ALONE_BY", "1")
     monkeypatch.setattr(LayerScan, "__init__", never)
     known = rebases(containerd) and rules == "1"
     applying.act = last if known else None

@@ -29,9 +29,9 @@ from serpentine.pull.job import Job
 from serpentine.pull.lines import Line
 from serpentine.pull.parts import PART, PARTS_AHEAD, Part, Parts
 from serpentine.pull.processors import Processors
-from serpentine.pull.scan import LayerScan
+from serpentine.pull.scan import ALONE_BY, LABEL_ALONE, LayerScan
 
-__all__ = ["LABEL_ALONE", "blob_ref", "fetch_blob", "source_labels"]
+__all__ = ["blob_ref", "fetch_blob", "source_labels"]
 
 # A broken body is continued where it broke.  What is limited is not the number of tries, but
 # those in a row that brought next to nothing.
@@ -60,11 +60,6 @@ PARTS_BROKEN = 3
 
 # Another client writes the same blob: wait for it as long as it moves.
 HOLDER_STALLED_AFTER = 60.0
-
-# On a blob that was looked at and may be applied without the layers below (``pull/scan.py``), for
-# whoever finds it there.  The value is the number of the rules by which that was told.
-LABEL_ALONE = "io.serpentine/alone"
-_RULES = "1"
 
 # Events are for eyes and logs; one per chunk would cost more than it tells.
 REPORT_EVERY = 0.1
@@ -151,8 +146,8 @@ async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...], way: 
                     raise _Mismatch(resumed=before > 0) from error
                 if scan is not None and await scan.alone():
                     job.standalone.add(blob.digest)
-                    alone = {LABEL_ALONE: _RULES}
-                    await job.containerd.content.update_labels(blob.digest, alone)
+                    labels = {LABEL_ALONE: ALONE_BY}
+                    await job.containerd.content.update_labels(blob.digest, labels)
             finally:
                 if scan is not None:
                     scan.stop()
@@ -160,7 +155,7 @@ async def _fetch_once(job: Job, blob: Descriptor, places: tuple[int, ...], way: 
     except AlreadyExists:
         if blob.digest in job.looked_at:
             found = await job.containerd.content.info(blob.digest)
-            if found.labels.get(LABEL_ALONE) == _RULES:
+            if found.labels.get(LABEL_ALONE) == ALONE_BY:
                 job.standalone.add(blob.digest)
         job.report(places, blob, LayerStatus.DOWNLOADED, blob.size)
         return False

@@ -21,7 +21,12 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-__all__ = ["HeaderScan", "LayerScan", "can_look"]
+__all__ = ["ALONE_BY", "LABEL_ALONE", "HeaderScan", "LayerScan", "can_look"]
+
+# On a blob that may be applied without the layers below, for whoever finds it there.  The value is
+# the number of the rules by which that was told: with other rules here, it is to be another one.
+LABEL_ALONE = "io.serpentine/alone"
+ALONE_BY = "1"
 
 # How far the bytes may be ahead of the look at them, in bytes.
 MOST_AHEAD = 1 << 20
